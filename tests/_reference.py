@@ -1,0 +1,164 @@
+"""PyTorch in float64 as the reference, with error bounds from dtype and number of terms."""
+
+import contextlib
+import math
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import torch
+from torch.nn import functional
+
+import jaxent
+
+torch.set_num_threads(1)
+
+DTYPES = ("float16", "bfloat16", "float32", "float64")
+
+# A logit of -inf is the limit of a very negative one; torch's own 0 * -inf is not (see test_differences.py).
+_LOWEST = -1e300
+
+
+def x64(dtype):
+    """The context in which JAX keeps `dtype` as it is."""
+    return jax.enable_x64(True) if dtype in ("float64", "int64", "uint64") else contextlib.nullcontext()
+
+
+def to_torch(array):
+    """The same numbers in torch: floating ones in float64, integers as class indices."""
+    array = np.asarray(array)
+    wide = np.int64 if np.issubdtype(array.dtype, np.integer) else np.float64
+    return torch.tensor(array.astype(wide))
+
+
+def torch_cross_entropy(logits, labels, *, axis=-1, ignore_index=-100, **options):
+    """`functional.cross_entropy` with the class axis anywhere. `ignore_index=None` ignores nothing."""
+    return _torch_loss(functional.cross_entropy, logits, labels, axis, ignore_index, options)
+
+
+def torch_nll(log_probs, labels, *, axis=-1, ignore_index=-100, **options):
+    """`functional.nll_loss` with the class axis anywhere. `ignore_index=None` ignores nothing."""
+    return _torch_loss(functional.nll_loss, log_probs, labels, axis, ignore_index, options)
+
+
+def _torch_loss(loss, scores, labels, axis, ignore_index, options):
+    class_axis = min(1, scores.ndim - 1)
+    scores = scores.movedim(axis, class_axis)
+    if labels.is_floating_point():
+        labels = labels.movedim(axis, class_axis)
+    nobody = -(2**40)
+    return loss(scores, labels, ignore_index=nobody if ignore_index is None else ignore_index, **options)
+
+
+TORCH = {"cross_entropy": torch_cross_entropy, "nll": torch_nll}
+
+
+@partial(jax.jit, static_argnames=("name", "options"))
+def jax_value_and_grads(name, scores, labels, weight, cotangent, options):
+    """The loss and its gradients: of the scores, and of the labels where these are probabilities."""
+    loss = partial(getattr(jaxent, name), weight=weight, **dict(options))
+    if jnp.issubdtype(labels.dtype, jnp.floating):
+        value, pullback = jax.vjp(loss, scores, labels)
+    else:
+        value, pullback = jax.vjp(lambda scores: loss(scores, labels), scores)
+    return value, pullback(cotangent.astype(value.dtype))
+
+
+def torch_value_and_grads(name, scores, labels, weight, cotangent, options):
+    """What `jax_value_and_grads` should return, in float64."""
+    scores = to_torch(scores).clamp(min=_LOWEST) if name == "cross_entropy" else to_torch(scores)
+    labels = to_torch(labels)
+    inputs = [scores.requires_grad_()]
+    if labels.is_floating_point():
+        inputs.append(labels.requires_grad_())
+    options = dict(options) | ({} if weight is None else {"weight": to_torch(weight)})
+    value = TORCH[name](scores, labels, **options)
+    return value, torch.autograd.grad(value, inputs, to_torch(cotangent))
+
+
+def assert_close(got, expected, error, dtype):
+    """`got` has `dtype` and lies within `error` of `expected`, after the one rounding to `dtype`."""
+    info = ml_dtypes.finfo(dtype)
+    assert got.dtype == dtype
+    got = np.asarray(got).astype(np.float64)
+    expected = np.asarray(expected, np.float64)
+    assert got.shape == expected.shape
+    rounding = float(info.eps) * np.abs(expected) + float(info.smallest_subnormal)
+    overflows = np.abs(expected) > float(info.max)
+    expected = np.where(overflows, np.copysign(np.inf, expected), expected)
+    with np.errstate(invalid="ignore"):
+        far = ~((np.abs(got - expected) <= error + rounding) | (got == expected))
+    far &= ~(np.isnan(got) & np.isnan(expected))
+    assert not far.any(), (
+        f"got {got[far]}, expected {expected[far]}, allowed {np.broadcast_to(error, far.shape)[far]}"
+    )
+
+
+def assert_matches_torch(name, scores, labels, *, axis=-1, weight=None, **options):
+    """Value and gradients of `jaxent.<name>` equal torch's, for a fixed but uneven cotangent."""
+    dtype = scores.dtype.name
+    batch = np.delete(np.array(scores.shape), axis)
+    shape = batch if options.get("reduction", "mean") == "none" else ()
+    cotangent = np.linspace(0.5, 1.5, math.prod(shape), dtype=np.float32).reshape(shape)
+    options = tuple(sorted(({"axis": axis} | options).items()))
+    arguments = (name, scores, labels, weight, cotangent, options)
+    with x64(dtype):
+        value, grads = jax_value_and_grads(*arguments)
+    expected, expected_grads = torch_value_and_grads(*arguments)
+
+    loss_dtype = "float64" if dtype == "float64" else "float32"
+    loss_error, *grad_errors = _errors(*arguments)
+    assert_close(value, expected.detach(), loss_error, loss_dtype)
+    for grad, expected_grad, error in zip(grads, expected_grads, grad_errors[: len(grads)], strict=True):
+        assert_close(grad, expected_grad, error, dtype)
+
+
+def _errors(name, scores, labels, weight, cotangent, options):
+    """Bounds for the loss, the gradient of the scores and the gradient of the labels.
+
+    Every quantity is a sum of products (weight x target x log-probability, or probability) and carries at
+    most one rounding per term of the sum and a few for each product, all relative to the largest such product.
+    """
+    options = dict(options)
+    axis, reduction = options["axis"], options.get("reduction", "mean")
+    soft = not np.issubdtype(labels.dtype, np.integer)
+    reach = _reach(name, scores, axis)
+    heaviest = 1.0 if weight is None else float(np.abs(np.asarray(weight, np.float64)).max(initial=0))
+    mass = np.abs(np.asarray(labels, np.float64)).sum(axis) if soft else np.ones(reach.shape)
+    mass = mass + options.get("label_smoothing", 0.0)
+
+    roundings = 8 + scores.shape[axis] + reach.size
+    relative = roundings * np.finfo("float64" if scores.dtype == "float64" else "float32").eps * heaviest
+    if reduction == "mean":
+        relative /= _denominator(labels, weight, reach.size, options, soft)
+    loss = relative * mass * reach
+    slopes = relative * np.broadcast_to(cotangent, reach.shape)
+    of_scores, of_labels = slopes * mass, slopes * reach
+    return (
+        loss if reduction == "none" else loss.sum(),
+        np.expand_dims(of_scores, axis),
+        np.expand_dims(of_labels, axis),
+    )
+
+
+def _reach(name, scores, axis):
+    """How large a log-probability of each example can be."""
+    scores = np.asarray(scores, np.float64)
+    finite = np.isfinite(scores)
+    if name == "nll":
+        return np.abs(np.where(finite, scores, 0)).max(axis, initial=0)
+    largest = np.where(finite, scores, -np.inf).max(axis, initial=-np.inf)
+    smallest = np.where(finite, scores, np.inf).min(axis, initial=np.inf)
+    return np.where(finite.any(axis), largest - smallest, 0) + math.log(max(scores.shape[axis], 2))
+
+
+def _denominator(labels, weight, examples, options, soft):
+    """What torch's mean divides by."""
+    if soft:
+        return max(examples, 1)
+    labels = np.asarray(labels).astype(int)
+    kept = labels[labels != options.get("ignore_index", -100)]
+    weights = np.ones(kept.shape) if weight is None else np.asarray(weight, np.float64)[kept]
+    return abs(weights.sum()) or 1.0

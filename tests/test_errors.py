@@ -1,0 +1,236 @@
+"""Every bad argument raises before anything is traced, in one sentence: which, what was got, what is expected."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental import checkify
+
+import jaxent
+
+LOGITS = jnp.zeros((2, 3))
+LABELS = jnp.array([0, 2])
+PROBABILITIES = jnp.full((2, 3), 1 / 3)
+
+
+def cross_entropy(**bad):
+    arguments = {"logits": LOGITS, "labels": LABELS} | bad
+    return lambda: jaxent.cross_entropy(arguments.pop("logits"), arguments.pop("labels"), **arguments)
+
+
+def nll(**bad):
+    arguments = {"log_probs": LOGITS, "labels": LABELS} | bad
+    return lambda: jaxent.nll(arguments.pop("log_probs"), arguments.pop("labels"), **arguments)
+
+
+def softmax(**bad):
+    arguments = {"logits": LOGITS} | bad
+    return lambda: jaxent.softmax(arguments.pop("logits"), **arguments)
+
+
+def log_softmax(**bad):
+    arguments = {"logits": LOGITS} | bad
+    return lambda: jaxent.log_softmax(arguments.pop("logits"), **arguments)
+
+
+COMPLEX, INTEGER = jnp.zeros((2, 3), complex), jnp.zeros((2, 3), int)
+SHARED = [  # bad argument, the error, what the message must hold: the argument, what was got, what is expected
+    ({"axis": 2}, ValueError, ("axis", "2")),
+    ({"axis": -3}, ValueError, ("axis", "-3")),
+    ({"axis": 1.0}, TypeError, ("axis", "1.0")),
+]
+LOSSES = [
+    *SHARED,
+    ({"reduction": "average"}, ValueError, ("reduction", "'average'", "none", "mean", "sum")),
+    ({"reduction": None}, ValueError, ("reduction", "None", "none", "mean", "sum")),
+    ({"labels": jnp.zeros(3, int)}, ValueError, ("labels", "(3,)", "(2,)")),
+    ({"labels": jnp.zeros((2, 1), int)}, ValueError, ("labels", "(2, 1)", "(2,)")),
+    ({"labels": jnp.array(0)}, ValueError, ("labels", "()", "(2,)")),
+    ({"labels": jnp.array([True, False])}, TypeError, ("labels", "bool", "integer")),
+    ({"labels": jnp.zeros((2,), complex)}, TypeError, ("labels", "complex64", "integer")),
+    ({"weight": jnp.ones(2)}, ValueError, ("weight", "(2,)", "(3,)")),
+    ({"weight": jnp.ones((1, 3))}, ValueError, ("weight", "(1, 3)", "(3,)")),
+    ({"weight": jnp.array(1.0)}, ValueError, ("weight", "()", "(3,)")),
+    ({"weight": jnp.ones(3, complex)}, TypeError, ("weight", "complex64", "float")),
+    ({"weight": jnp.ones(3, bool)}, TypeError, ("weight", "bool", "float")),
+    ({"ignore_index": 1.0}, TypeError, ("ignore_index", "1.0")),
+    ({"ignore_index": True}, TypeError, ("ignore_index", "True")),
+]
+MASKS = [
+    ({"where": jnp.ones((2, 3))}, TypeError, ("where", "float32", "bool")),
+    ({"where": jnp.ones((2, 2), bool)}, ValueError, ("where", "(2, 2)", "(2, 3)")),
+    ({"where": jnp.ones((1, 2, 3), bool)}, ValueError, ("where", "(1, 2, 3)", "(2, 3)")),
+]
+CASES = [
+    *[(cross_entropy, *case) for case in LOSSES + MASKS],
+    *[(nll, *case) for case in LOSSES],
+    *[(function, *case) for case in SHARED + MASKS for function in (softmax, log_softmax)],
+    *[(function, {"logits": COMPLEX}, TypeError, ("logits", "complex64", "float")) for function in
+      (softmax, log_softmax, cross_entropy)],
+    *[(function, {"logits": jnp.zeros((2, 3), bool)}, TypeError, ("logits", "bool", "float")) for function in
+      (softmax, log_softmax, cross_entropy)],
+    *[(function, {"logits": jnp.array(1.0)}, ValueError, ("logits", "()")) for function in
+      (softmax, log_softmax, cross_entropy)],
+    *[(function, {"dtype": "int32"}, TypeError, ("dtype", "int32", "float")) for function in (softmax, log_softmax)],
+    (cross_entropy, {"logits": INTEGER}, TypeError, ("logits", "int32", "float")),
+    (nll, {"log_probs": COMPLEX}, TypeError, ("log_probs", "complex64", "float")),
+    (nll, {"log_probs": INTEGER}, TypeError, ("log_probs", "int32", "float")),
+    (nll, {"log_probs": jnp.array(1.0)}, ValueError, ("log_probs", "()")),
+    (nll, {"labels": jnp.zeros(2)}, TypeError, ("labels", "float32", "integer")),
+    (cross_entropy, {"labels": PROBABILITIES[:, :2]}, ValueError, ("labels", "(2, 2)", "(2, 3)")),
+    (cross_entropy, {"labels": PROBABILITIES[0]}, ValueError, ("labels", "(3,)", "(2, 3)")),
+    (cross_entropy, {"labels": PROBABILITIES, "ignore_index": 1}, ValueError, ("ignore_index", "1", "probabilities")),
+    (cross_entropy, {"labels": PROBABILITIES, "ignore_index": 0}, ValueError, ("ignore_index", "0", "probabilities")),
+    (cross_entropy, {"label_smoothing": -0.1}, ValueError, ("label_smoothing", "-0.1", "0", "1")),
+    (cross_entropy, {"label_smoothing": 1.5}, ValueError, ("label_smoothing", "1.5", "0", "1")),
+    (cross_entropy, {"label_smoothing": float("nan")}, ValueError, ("label_smoothing", "nan", "0", "1")),
+    (cross_entropy, {"label_smoothing": "a"}, TypeError, ("label_smoothing", "'a'")),
+    (cross_entropy, {"z_loss": "a"}, TypeError, ("z_loss", "'a'")),
+]  # fmt: skip
+
+
+def _name(case):
+    function, bad, *_ = case
+    spelled = [f"{k}={v.dtype}{v.shape}" if hasattr(v, "shape") else f"{k}={v!r}" for k, v in bad.items()]
+    return f"{function.__name__}({', '.join(spelled)})"
+
+
+@pytest.mark.parametrize(("function", "bad", "error", "parts"), CASES, ids=map(_name, CASES))
+@pytest.mark.parametrize("traced", [False, True], ids=["eager", "jit"])
+def test_message(function, bad, error, parts, traced):
+    call = function(**bad)
+    with pytest.raises(error) as caught:
+        jax.jit(call)() if traced else call()
+    message = str(caught.value)
+    assert message.startswith(parts[0]) or f" {parts[0]} " in message
+    for part in parts:
+        assert re.search(rf"(?<![\w.]){re.escape(part)}", message), f"{part} is not in: {message}"
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize("loss", [jaxent.cross_entropy, jaxent.nll, jaxent.nll_loss])
+@pytest.mark.parametrize(
+    ("shape", "labels", "position", "value"),
+    [
+        ((3, 4), [0, 4, 5], "1", "4"),
+        ((3, 4), [3, -100, -1], "2", "-1"),
+        ((3, 4), [-5, 9, 0], "0", "-5"),
+        ((4,), 7, "()", "7"),
+        ((2, 2, 4), [[0, 1], [2, 4]], "(1, 1)", "4"),
+        ((1, 4), [2**31 - 1], "0", "2147483647"),
+    ],
+)
+def test_concrete_label_out_of_range(loss, shape, labels, position, value):
+    with pytest.raises(ValueError, match="labels") as caught:
+        loss(jnp.zeros(shape), jnp.array(labels))
+    message = str(caught.value)
+    for part in (position, value, "4"):
+        assert re.search(rf"(?<![\w-]){re.escape(part)}(?!\w)", message), f"{part} is not in: {message}"
+
+
+def test_ignored_labels_are_in_range():
+    """Out of range only where it is not the ignore_index in use, and never without one."""
+    labels = jnp.array([0, -100])
+    assert np.isfinite(jaxent.cross_entropy(LOGITS, labels))
+    assert np.isfinite(jaxent.cross_entropy(LOGITS, jnp.array([0, 7]), ignore_index=7))
+    for ignore_index in (None, -1):
+        with pytest.raises(ValueError, match="-100"):
+            jaxent.cross_entropy(LOGITS, labels, ignore_index=ignore_index)
+
+
+def test_concrete_labels_closed_over_by_a_jit():
+    labels = jnp.array([0, 3])
+    with pytest.raises(ValueError, match="labels"):
+        jax.jit(lambda x: jaxent.cross_entropy(x, labels))(LOGITS)
+    with pytest.raises(ValueError, match="labels"):
+        jax.grad(lambda x: jaxent.cross_entropy(x, np.array([0, 3])))(LOGITS)
+
+
+@pytest.mark.parametrize("bad", [3, -1, 2**31 - 1, -(2**31)])
+@pytest.mark.parametrize(
+    "options", [{}, {"label_smoothing": 0.1}, {"z_loss": 0.1}, {"ignore_index": None}], ids=str
+)
+def test_traced_label_out_of_range(bad, options):
+    """NaN for that example alone, in the loss and in the gradient; never a class wrapped or clamped."""
+    logits = jnp.array([[1.0, 2.0, 3.0], [3.0, 1.0, 2.0], [0.0, 0.0, 1.0]])
+
+    @jax.jit
+    def run(labels):
+        loss, pullback = jax.vjp(
+            lambda x: jaxent.cross_entropy(x, labels, reduction="none", **options), logits
+        )
+        return loss, *pullback(jnp.ones(3))
+
+    loss, grad = run(jnp.array([0, bad, 2]))
+    good_loss, good_grad = run(jnp.array([0, 1, 2]))
+    assert np.isnan(loss[1])
+    assert np.isnan(grad[1]).all()
+    np.testing.assert_array_equal(loss[::2], good_loss[::2])
+    np.testing.assert_array_equal(grad[::2], good_grad[::2])
+
+
+@pytest.mark.parametrize("bad", [3, -1, 2**31 - 1])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_traced_label_out_of_range_in_nll(bad, weighted):
+    log_probs = jnp.array([[-1.0, -2.0, -3.0], [-3.0, -1.0, -2.0]])
+    weight = jnp.array([1.0, 2.0, 3.0]) if weighted else None
+
+    @jax.jit
+    def run(labels):
+        loss, pullback = jax.vjp(lambda x: jaxent.nll(x, labels, weight=weight, reduction="none"), log_probs)
+        return loss, *pullback(jnp.ones(2))
+
+    loss, grad = run(jnp.array([0, bad]))
+    assert np.isnan(loss[1])
+    assert np.isnan(grad[1]).all()
+    np.testing.assert_array_equal(loss[0], 1.0)
+    np.testing.assert_array_equal(grad[0], [-1.0, 0.0, 0.0])
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("loss", [jaxent.cross_entropy, jaxent.nll])
+def test_traced_label_out_of_range_reduced(loss, reduction):
+    """One bad label spoils the reduced loss visibly."""
+    value = jax.jit(lambda labels: loss(LOGITS, labels, reduction=reduction))(jnp.array([0, 3]))
+    assert np.isnan(value)
+
+
+def test_a_narrow_label_dtype_is_not_wrapped():
+    """A uint8 label of 255 is no class of 300 - 45, and int8 cannot even spell class 200."""
+    logits = jnp.zeros((1, 300))
+    value = jax.jit(lambda labels: jaxent.cross_entropy(logits, labels))(jnp.array([-56], jnp.int8))
+    assert np.isnan(value)
+    value = jax.jit(lambda labels: jaxent.cross_entropy(logits, labels))(jnp.array([255], jnp.uint8))
+    np.testing.assert_allclose(value, np.log(300), rtol=1e-6)
+
+
+@pytest.mark.parametrize("loss", [jaxent.cross_entropy, jaxent.nll])
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+def test_checkify(loss, reduction):
+    """Under checkify a traced label out of range is an error, and good ones are none."""
+    checked = jax.jit(
+        checkify.checkify(
+            lambda labels: loss(LOGITS, labels, reduction=reduction),
+            errors=checkify.user_checks | checkify.nan_checks,
+        )
+    )
+    error, _ = checked(jnp.array([0, 3]))
+    with pytest.raises(checkify.JaxRuntimeError):
+        error.throw()
+    error, value = checked(jnp.array([0, 2]))
+    error.throw()
+    assert np.isfinite(value).all()
+    error, _ = checked(jnp.array([0, -100]))
+    error.throw()
+
+
+def test_checkify_of_the_gradient():
+    checked = checkify.checkify(
+        jax.jit(jax.grad(lambda x, labels: jaxent.cross_entropy(x, labels))),
+        errors=checkify.user_checks | checkify.nan_checks,
+    )
+    error, _ = checked(LOGITS, jnp.array([0, 3]))
+    with pytest.raises(checkify.JaxRuntimeError):
+        error.throw()
