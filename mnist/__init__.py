@@ -1,0 +1,1 @@
+"""The worked example: a small convolutional network on MNIST, from the files to the accuracy."""

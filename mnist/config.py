@@ -1,0 +1,38 @@
+"""Everything a run can be told, as one dataclass: its fields are the command's flags."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+
+class ConfigError(Exception):
+    """A flag with a value that makes no sense, in one sentence for the person at the terminal."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """Train a small convolutional network on MNIST, the handwritten digits."""
+
+    data_dir: Path = Path(os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets"))
+    """Where TensorFlow Datasets keeps prepared data; MNIST is prepared here unless it is there already."""
+    idx_dir: Path | None = None
+    """A folder with the four official IDX files, gzip-compressed or not, to use instead of the network."""
+    epochs: int = 12
+    """How often every training digit is seen."""
+    batch_size: int = 128
+    """How many digits make one step of the optimiser."""
+    learning_rate: float = 3e-3
+    """The highest learning rate of the schedule, which warms up and then falls along a cosine."""
+    weight_decay: float = 1e-2
+    """AdamW's weight decay."""
+    seed: int = 0
+    """Decides everything random: two runs with the same seed end with the same bits."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "data_dir", self.data_dir.expanduser())
+        for name in ("epochs", "batch_size", "learning_rate"):
+            if not getattr(self, name) > 0:
+                raise ConfigError(f"--{name.replace('_', '-')} is {getattr(self, name)}, but must be positive.")
+        for name in ("weight_decay", "seed"):
+            if not getattr(self, name) >= 0:
+                raise ConfigError(f"--{name.replace('_', '-')} is {getattr(self, name)}, but must not be negative.")

@@ -1,0 +1,143 @@
+"""MNIST through TensorFlow Datasets, with a builder of our own that needs no TensorFlow."""
+
+import os
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import redirect_stdout
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tensorflow_datasets as tfds
+from absl import logging
+from array_record.python.array_record_module import ArrayRecordWriter
+
+from mnist.idx import DataError, Digits, Splits, Unreachable, from_folder, from_network
+
+SAMPLE = Path(__file__).parent / "sample"  # a data directory that the repository carries
+
+# Silence TFDS's notes, and array_record's "error" that groups of examples are slow to read one by one.
+logging.set_verbosity(logging.FATAL)
+tfds.disable_progress_bar()
+
+
+class GroupedWriter(tfds.core.writer.ExampleWriter):
+    """Writes array_record files whose examples are compressed together, which makes them twice as small."""
+
+    def write(self, path: os.PathLike[str], examples: Iterable[tuple[Any, bytes]]) -> None:
+        writer = ArrayRecordWriter(os.fspath(path), "group_size:1000,brotli:9")
+        for _, example in examples:
+            writer.write(example)
+        writer.close()
+
+
+class MnistIdx(tfds.core.GeneratorBasedBuilder):
+    """MNIST as 28×28 grey-level pixels, prepared from arrays in the order of the official files."""
+
+    name = "mnist_idx"
+    VERSION = tfds.core.Version("1.0.0")
+
+    def __init__(self, splits: Splits | None = None, **kwargs: Any) -> None:
+        self._splits = splits
+        super().__init__(file_format="array_record", **kwargs)
+
+    def _info(self) -> tfds.core.DatasetInfo:
+        return tfds.core.DatasetInfo(
+            builder=self,
+            description="Handwritten digits: the MNIST database.",
+            homepage="http://yann.lecun.com/exdb/mnist/",
+            license="CC BY-SA 3.0, Yann LeCun, Corinna Cortes, Christopher J. C. Burges",
+            features=tfds.features.FeaturesDict(
+                {
+                    "image": tfds.features.Tensor(shape=(28, 28, 1), dtype=np.uint8, encoding="bytes"),
+                    "label": tfds.features.ClassLabel(num_classes=10),
+                }
+            ),
+            supervised_keys=("image", "label"),
+            disable_shuffling=True,
+        )
+
+    def _example_writer(self) -> GroupedWriter:
+        return GroupedWriter(self.info.file_format)
+
+    def _split_generators(self, dl_manager: object) -> dict[str, Iterator[tuple[int, dict[str, Any]]]]:
+        del dl_manager
+        return {name: self._generate_examples(digits) for name, digits in (self._splits or {}).items()}
+
+    def _generate_examples(self, digits: Digits) -> Iterator[tuple[int, dict[str, Any]]]:
+        for key, (image, label) in enumerate(zip(*digits, strict=True)):
+            yield key, {"image": image, "label": int(label)}
+
+
+def obtain(data_dir: Path, idx_dir: Path | None = None, download: Callable[[], Splits] = from_network) -> Splits:
+    """Return MNIST: from `idx_dir` if given, else as prepared, else from the network, else the carried sample."""
+    if idx_dir is not None:
+        return keep(from_folder(idx_dir), data_dir)
+    if directory(data_dir).exists():
+        return load(data_dir)
+    try:
+        return keep(download(), data_dir)
+    except Unreachable:
+        print(
+            "The network gives no answer, so this trains on the carried sample of MNIST: "
+            "10,000 training and 2,000 test digits.",
+            flush=True,
+        )
+        return load(SAMPLE)
+
+
+def keep(splits: Splits, data_dir: Path) -> Splits:
+    """Prepare the data set for the next run unless it is prepared already."""
+    if not directory(data_dir).exists():
+        prepare(splits, data_dir)
+    return splits
+
+
+def directory(data_dir: Path) -> Path:
+    """Return where TensorFlow Datasets keeps this data set under `data_dir`."""
+    return data_dir / MnistIdx.name / str(MnistIdx.VERSION)
+
+
+def prepare(splits: Splits, data_dir: Path) -> None:
+    """Write the data set under `data_dir`: it appears there whole and verified, or not at all."""
+    try:
+        data_dir.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=data_dir, prefix="incomplete.") as staging:
+            with redirect_stdout(StringIO()):  # TFDS announces the staging directory as if it were the result
+                MnistIdx(splits, data_dir=staging).download_and_prepare()
+            if not same(splits, load(Path(staging))):
+                raise DataError(f"What was written under {data_dir} reads back differently.")
+            directory(data_dir).parent.mkdir(exist_ok=True)
+            directory(Path(staging)).rename(directory(data_dir))
+    except (OSError, RuntimeError) as error:  # array_record raises RuntimeError, on a full disk say
+        raise DataError(f"The data set cannot be written under {data_dir}: {sentence(error)}.") from error
+
+
+def load(data_dir: Path) -> Splits:
+    """Read the prepared data set under `data_dir`."""
+    try:
+        builder = tfds.builder_from_directory(directory(data_dir))
+        return {split: read(builder.as_data_source(split)) for split in ("train", "test")}
+    except Exception as error:  # JSON, protobuf, array_record and TFDS each raise their own on damaged files
+        raise DataError(
+            f"The prepared data set {directory(data_dir)} is damaged, delete it to have it prepared anew: "
+            f"{sentence(error)}."
+        ) from error
+
+
+def read(source: Any) -> Digits:
+    """Read a whole split into arrays."""
+    examples = source.__getitems__(range(len(source)))
+    images = np.stack([example["image"] for example in examples])
+    return Digits(images, np.array([example["label"] for example in examples], np.uint8))
+
+
+def same(a: Splits, b: Splits) -> bool:
+    return all(np.array_equal(x, y) for split in a for x, y in zip(a[split], b[split], strict=True))
+
+
+def sentence(error: Exception) -> str:
+    """Return the error's reason on one line, without the full stop."""
+    reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    return " ".join(reason.split()).rstrip(".") or type(error).__name__
