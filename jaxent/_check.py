@@ -1,0 +1,143 @@
+"""Argument checks. They run in Python, before anything is traced, and raise one sentence."""
+
+import operator
+from typing import Literal, TypeAlias, cast
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
+from jaxtyping import Bool, Float, Inexact, Integer, Shaped
+
+AnyArray: TypeAlias = jax.Array | np.ndarray
+FloatArray: TypeAlias = Float[AnyArray, "..."]
+LabelArray: TypeAlias = Integer[AnyArray, "..."] | Inexact[AnyArray, "..."]
+BoolArray: TypeAlias = Bool[AnyArray, "..."]
+Reduction: TypeAlias = Literal["none", "mean", "sum"]
+
+
+def check_floating(name: str, x: Shaped[AnyArray, "..."]) -> None:
+    """Require a real floating dtype."""
+    if not hasattr(x, "dtype"):
+        raise TypeError(f"{name} must be a jax or numpy array, got {type(x).__name__}")
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise TypeError(f"{name} must have a floating dtype, got {x.dtype}")
+
+
+def check_dtype(dtype: DTypeLike | None) -> None:
+    """Require `dtype` to be None or floating."""
+    if dtype is not None and not jnp.issubdtype(dtype, jnp.floating):
+        raise TypeError(f"dtype must be a floating dtype, got {jnp.dtype(dtype)}")
+
+
+def normalize_axis(name: str, shape: tuple[int, ...], axis: int) -> int:
+    """`axis` counted from the front."""
+    try:
+        index = operator.index(axis)
+    except TypeError:
+        raise TypeError(f"axis must be an integer, got {axis!r}") from None
+    if not shape:
+        raise ValueError(f"{name} must have a class axis, got a scalar of shape ()")
+    if not -len(shape) <= index < len(shape):
+        raise ValueError(
+            f"axis must lie in [{-len(shape)}, {len(shape) - 1}] for {name} of shape {shape}, got {axis}"
+        )
+    return index % len(shape)
+
+
+def check_where(name: str, shape: tuple[int, ...], where: BoolArray | None) -> None:
+    """Require a boolean mask that broadcasts to `shape`."""
+    if where is None:
+        return
+    if not hasattr(where, "dtype") or where.dtype != jnp.bool_:
+        raise TypeError(f"where must be a boolean array, got {getattr(where, 'dtype', type(where).__name__)}")
+    try:
+        fits = np.broadcast_shapes(where.shape, shape) == shape
+    except ValueError:
+        fits = False
+    if not fits:
+        raise ValueError(f"where must broadcast to the shape {shape} of {name}, got shape {where.shape}")
+
+
+def check_reduction(reduction: str) -> None:
+    """Require one of PyTorch's three reductions."""
+    if reduction not in ("none", "mean", "sum"):
+        raise ValueError(f"reduction must be 'none', 'mean' or 'sum', got {reduction!r}")
+
+
+def check_weight(weight: FloatArray | None, classes: int) -> None:
+    """Require one floating weight per class."""
+    if weight is None:
+        return
+    check_floating("weight", weight)
+    if weight.shape != (classes,):
+        raise ValueError(f"weight must have shape ({classes},), one entry per class, got shape {weight.shape}")
+
+
+def check_smoothing(label_smoothing: float) -> float:
+    """`label_smoothing` as a Python float in [0, 1]."""
+    value = float(label_smoothing)
+    if not 0.0 <= value <= 1.0:
+        raise ValueError(f"label_smoothing must lie in [0, 1], got {label_smoothing}")
+    return value
+
+
+def check_ignore_index(ignore_index: int | None) -> int | None:
+    """`ignore_index` as a Python int or None."""
+    try:
+        return None if ignore_index is None else operator.index(ignore_index)
+    except TypeError:
+        raise TypeError(f"ignore_index must be an integer or None, got {ignore_index!r}") from None
+
+
+def check_labels(
+    name: str, shape: tuple[int, ...], labels: LabelArray, axis: int, ignore_index: int | None
+) -> bool:
+    """Check `labels` against scores called `name` of `shape`; True if they are class indices."""
+    if not hasattr(labels, "dtype"):
+        raise TypeError(f"labels must be a jax or numpy array, got {type(labels).__name__}")
+    if jnp.issubdtype(labels.dtype, jnp.floating):
+        if labels.shape != shape:
+            raise ValueError(
+                f"labels of dtype {labels.dtype} are class probabilities and must have the shape {shape} "
+                f"of {name}, got shape {labels.shape}"
+            )
+        if ignore_index is not None and ignore_index >= 0:
+            raise ValueError(
+                f"ignore_index must be None or negative with class probabilities, got {ignore_index}"
+            )
+        return False
+    if not jnp.issubdtype(labels.dtype, jnp.integer):
+        raise TypeError(
+            f"labels must have an integer dtype (class indices) or a floating dtype (class probabilities), "
+            f"got {labels.dtype}"
+        )
+    expected = shape[:axis] + shape[axis + 1 :]
+    if labels.shape != expected:
+        raise ValueError(
+            f"labels of dtype {labels.dtype} are class indices and must have the shape {expected}, "
+            f"{name}'s {shape} without its class axis {axis}, got shape {labels.shape}"
+        )
+    _check_range(labels, shape[axis], ignore_index)
+    return True
+
+
+def _check_range(labels: LabelArray, classes: int, ignore_index: int | None) -> None:
+    # Traced labels have no values yet, and a process cannot read what other hosts hold: both give NaN later.
+    if isinstance(labels, jax.core.Tracer) or (
+        isinstance(labels, jax.Array) and not labels.is_fully_addressable
+    ):
+        return
+    # numpy, not jnp: under an outer trace jnp would trace even a concrete array.
+    values = np.asarray(labels)
+    wrong = (values < 0) | (values >= classes)
+    if not wrong.any():
+        return
+    if ignore_index is not None:
+        wrong &= values != ignore_index
+    if not wrong.any():
+        return
+    position = tuple(int(i) for i in np.argwhere(wrong)[0])
+    place = f"labels[{', '.join(map(str, position))}]" if position else "labels"
+    allowed = "" if ignore_index is None else f" or equal ignore_index={ignore_index}"
+    raise ValueError(f"labels must lie in [0, {classes}){allowed}, got {place} = {cast(int, values[position])}")

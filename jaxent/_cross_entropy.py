@@ -1,0 +1,198 @@
+"""Cross-entropy of logits, measured from the label's own class so that nothing cancels."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Integer
+
+from ._check import (
+    BoolArray,
+    FloatArray,
+    LabelArray,
+    Reduction,
+    check_floating,
+    check_ignore_index,
+    check_labels,
+    check_reduction,
+    check_smoothing,
+    check_weight,
+    check_where,
+    normalize_axis,
+)
+from ._nll import expected_nll, read_labels, reduce_mean_of_all, reduce_weighted, scale_classes, take_class
+from ._softmax import (
+    hide_classes,
+    log1p,
+    log_softmax_core,
+    logsumexp_core,
+    one_hot,
+    row_max,
+    softmax_core,
+    sum_exp_except,
+    to_compute_dtype,
+)
+
+
+def cross_entropy(
+    logits: FloatArray,
+    labels: LabelArray,
+    *,
+    axis: int = -1,
+    where: BoolArray | None = None,
+    weight: FloatArray | None = None,
+    ignore_index: int | None = -100,
+    reduction: Reduction = "mean",
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+) -> Float[Array, "..."]:
+    r"""Cross-entropy between labels and the softmax of logits.
+
+    $$\ell_i = -w_{y_i} \log \frac{\exp(x_{i, y_i})}{\sum_k \exp(x_{ik})}, \qquad
+      \text{mean} = \frac{\sum_i \ell_i}{\sum_i w_{y_i}}$$
+
+    over the examples whose label is not `ignore_index`. With class probabilities $q$ for labels,
+    $\ell_i = -\sum_k w_k q_{ik} \log p_{ik}$, and the mean divides by the number of examples. Label smoothing
+    $\varepsilon$ replaces labels by $(1 - \varepsilon) q + \varepsilon / C$.
+
+    Args:
+        logits: unnormalised scores; a floating dtype, any shape with at least one axis.
+        labels: class indices (an integer dtype, the shape of `logits` without `axis`) or class probabilities
+            (a floating dtype, the shape of `logits`).
+        axis: the class axis. PyTorch's `(N, C, d1, ...)` is `axis=1`.
+        where: boolean mask that broadcasts to `logits`; the loss is as if classes where it is False did not exist.
+            A label on such a class, or a row without any class left, has the loss inf.
+        weight: one weight per class, shape `(classes,)`.
+        ignore_index: examples with this label add nothing; None ignores none. Only for class indices.
+        reduction: `"none"`, `"mean"` or `"sum"`.
+        label_smoothing: share of the label, in [0, 1], that is spread evenly over the classes.
+        z_loss: factor of `logsumexp(logits) ** 2`, which is added to each example's loss to keep logits small.
+
+    Returns:
+        A scalar, or one loss per example for `reduction="none"`; float32, or float64 for float64 logits.
+
+    Raises:
+        TypeError: an argument has the wrong dtype.
+        ValueError: a shape, an axis, the reduction or the smoothing does not fit, or a label lies outside
+            `[0, classes)`. Where labels are traced their values cannot be checked: such an example's loss and
+            gradient are NaN, and `jax.experimental.checkify` reports it.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, jaxent
+        >>> logits = jnp.array([[2.0, 1.0, 0.0], [0.0, 0.0, 30.0]])
+        >>> labels = jnp.array([0, 2])
+        >>> print(jaxent.cross_entropy(logits, labels, reduction="none"))
+        [4.0760595e-01 1.8715246e-13]
+        >>> print(jax.grad(jaxent.cross_entropy)(logits, labels)[1])  # never rounds to zero
+        [ 4.6788117e-14  4.6788117e-14 -9.3576235e-14]
+
+    References:
+        [torch.nn.functional.cross_entropy](https://docs.pytorch.org/docs/stable/generated/torch.nn.functional.cross_entropy.html);
+        z-loss: Chowdhery et al. 2022, "PaLM", section 5; label smoothing: Szegedy et al. 2016.
+        Equals `nll(log_softmax(logits), labels)`.
+    """
+    check_floating("logits", logits)
+    axis = normalize_axis("logits", logits.shape, axis)
+    ignore_index = check_ignore_index(ignore_index)
+    check_reduction(reduction)
+    label_smoothing = check_smoothing(label_smoothing)
+    check_where("logits", logits.shape, where)
+    check_weight(weight, logits.shape[axis])
+    check_labels("logits", logits.shape, labels, axis, ignore_index)
+    return _cross_entropy(
+        logits, labels, where, weight, axis, ignore_index, reduction, label_smoothing, float(z_loss)
+    )
+
+
+@partial(jax.jit, static_argnums=(4, 5, 6, 7, 8))
+def _cross_entropy(
+    logits: FloatArray,
+    labels: LabelArray,
+    where: BoolArray | None,
+    weight: FloatArray | None,
+    axis: int,
+    ignore_index: int | None,
+    reduction: Reduction,
+    label_smoothing: float,
+    z_loss: float,
+) -> Float[Array, "..."]:
+    x, keep, empty = hide_classes(to_compute_dtype(logits), where, axis)
+    loss_of_all = z_loss * logsumexp_core(x, axis) ** 2 if z_loss else None  # what no class weight touches
+    uniform = _uniform(label_smoothing, x, keep, axis) if label_smoothing else None
+
+    if jnp.issubdtype(labels.dtype, jnp.floating):
+        q = jnp.asarray(labels, x.dtype)
+        q = q if uniform is None else (1.0 - label_smoothing) * q + uniform
+        loss = expected_nll(log_softmax_core(x, axis), scale_classes(q, weight, axis), axis)
+        loss = loss if loss_of_all is None else loss + loss_of_all
+        return reduce_mean_of_all(loss if empty is None else jnp.where(empty, jnp.inf, loss), reduction)
+
+    target = read_labels(labels, x.shape[axis], weight, ignore_index, x.dtype)
+    loss = _label_loss(x, target.index, axis)
+    if uniform is not None:
+        loss = (1.0 - label_smoothing) * loss
+        smooth = expected_nll(log_softmax_core(x, axis), scale_classes(uniform, weight, axis), axis)
+        loss_of_all = smooth if loss_of_all is None else smooth + loss_of_all
+    if empty is not None:
+        loss = jnp.where(empty, jnp.inf, loss)
+    return reduce_weighted(loss, target, reduction, loss_of_all)
+
+
+def _uniform(
+    mass: float, x: Float[Array, "..."], keep: Bool[Array, "..."] | None, axis: int
+) -> Float[Array, "..."]:
+    """`mass` spread evenly over the classes that are kept."""
+    if keep is None:
+        return jnp.full_like(x, mass / max(x.shape[axis], 1))
+    return jnp.where(keep, mass / jnp.sum(keep, axis, keepdims=True).astype(x.dtype), 0.0)
+
+
+# With the largest logit m, d = x_y - m and S = sum of exp(x_k - m) over the classes k other than the label y, the
+# loss is log(S + exp(d)) - d. Where the label is the largest class (d = 0) that is log1p(S), however small S is.
+# The gradient is p_k for the others and -S / (S + exp(d)) for the label: minus their sum, and never p_y - 1.
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(2,))
+def _label_loss(x: Float[Array, "..."], y: Integer[Array, "..."], axis: int) -> Float[Array, "..."]:
+    """`-log p_y` of each example."""
+    return _loss_and_parts(x, y, axis)[0]
+
+
+@_label_loss.defjvp
+def _label_loss_jvp(
+    axis: int, primals: tuple[Array, Array], tangents: tuple[Array, Array]
+) -> tuple[Array, Array]:
+    loss, gradient = _loss_and_gradient(*primals, axis)
+    return loss, jnp.sum(gradient * tangents[0], axis)
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(2,))
+def _loss_and_gradient(
+    x: Float[Array, "..."], y: Integer[Array, "..."], axis: int
+) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
+    """`-log p_y` and its derivative `p - one_hot(y)`."""
+    loss, m, others, total = _loss_and_parts(x, y, axis)
+    inverse = 1.0 / total
+    p = jnp.exp(x - m) * jnp.expand_dims(inverse, axis)
+    return loss, jnp.where(one_hot(y, x.shape, axis), -jnp.expand_dims(others * inverse, axis), p)
+
+
+@_loss_and_gradient.defjvp
+def _loss_and_gradient_jvp(
+    axis: int, primals: tuple[Array, Array], tangents: tuple[Array, Array]
+) -> tuple[tuple[Array, Array], tuple[Array, Array]]:
+    loss, gradient = _loss_and_gradient(*primals, axis)
+    # The one-hot label is constant, so the gradient moves as softmax does.
+    _, dp = jax.jvp(lambda x: softmax_core(x, axis), primals[:1], tangents[:1])
+    return (loss, gradient), (jnp.sum(gradient * tangents[0], axis), dp)
+
+
+def _loss_and_parts(
+    x: Float[Array, "..."], y: Integer[Array, "..."], axis: int
+) -> tuple[Float[Array, "..."], Float[Array, "..."], Float[Array, "..."], Float[Array, "..."]]:
+    """Loss, m, S and S + exp(d)."""
+    m = row_max(x, axis)
+    d = take_class(x, y, axis) - jnp.squeeze(m, axis)
+    others = sum_exp_except(x, m, y, axis)
+    total = others + jnp.exp(d)
+    return jnp.where(d == 0.0, log1p(others), jnp.log(total) - d), m, others, total

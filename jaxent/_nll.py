@@ -1,0 +1,194 @@
+"""Negative log-likelihood, and what labels, class weights and reductions mean in it (as in PyTorch)."""
+
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import checkify
+from jaxtyping import Array, Bool, Float, Integer
+
+from ._check import (
+    FloatArray,
+    LabelArray,
+    Reduction,
+    check_floating,
+    check_ignore_index,
+    check_labels,
+    check_reduction,
+    check_weight,
+    normalize_axis,
+)
+from ._softmax import one_hot, to_compute_dtype
+
+
+def nll(
+    log_probs: FloatArray,
+    labels: LabelArray,
+    *,
+    axis: int = -1,
+    weight: FloatArray | None = None,
+    ignore_index: int | None = -100,
+    reduction: Reduction = "mean",
+) -> Float[Array, "..."]:
+    r"""Negative log-likelihood of labels under given log-probabilities.
+
+    $$\ell_i = -w_{y_i} \log p_{i, y_i}, \qquad \text{mean} = \frac{\sum_i \ell_i}{\sum_i w_{y_i}}$$
+
+    over the examples whose label is not `ignore_index`. With class probabilities $q$ for labels,
+    $\ell_i = -\sum_k w_k q_{ik} \log p_{ik}$, and the mean divides by the number of examples.
+
+    Args:
+        log_probs: log-probabilities, for instance from `log_softmax`; a floating dtype, any shape.
+        labels: class indices (an integer dtype, the shape of `log_probs` without `axis`) or class probabilities
+            (a floating dtype, the shape of `log_probs`).
+        axis: the class axis.
+        weight: one weight per class, shape `(classes,)`.
+        ignore_index: examples with this label add nothing; None ignores none.
+        reduction: `"none"`, `"mean"` or `"sum"`.
+
+    Returns:
+        A scalar, or one loss per example for `reduction="none"`; float32, or float64 for float64 input.
+
+    Raises:
+        TypeError: an argument has the wrong dtype.
+        ValueError: a shape, an axis or the reduction does not fit, or a label lies outside `[0, classes)`. Where
+            labels are traced their values cannot be checked: such an example's loss and gradient are NaN,
+            and `jax.experimental.checkify` reports it.
+
+    Example:
+        >>> import jax.numpy as jnp, jaxent
+        >>> log_probs = jnp.log(jnp.array([[0.5, 0.5], [0.25, 0.75]]))
+        >>> print(jaxent.nll(log_probs, jnp.array([0, 1]), reduction="none").round(4))
+        [0.6931 0.2877]
+
+    References:
+        [torch.nn.functional.nll_loss](https://docs.pytorch.org/docs/stable/generated/torch.nn.functional.nll_loss.html),
+        also spelled `jaxent.nll_loss`. `cross_entropy` is this after `log_softmax`, in one step.
+    """
+    check_floating("log_probs", log_probs)
+    axis = normalize_axis("log_probs", log_probs.shape, axis)
+    ignore_index = check_ignore_index(ignore_index)
+    check_reduction(reduction)
+    check_weight(weight, log_probs.shape[axis])
+    check_labels("log_probs", log_probs.shape, labels, axis, ignore_index)
+    return _nll(log_probs, labels, weight, axis, ignore_index, reduction)
+
+
+@partial(jax.jit, static_argnums=(3, 4, 5))
+def _nll(
+    log_probs: FloatArray,
+    labels: LabelArray,
+    weight: FloatArray | None,
+    axis: int,
+    ignore_index: int | None,
+    reduction: Reduction,
+) -> Float[Array, "..."]:
+    log_p = to_compute_dtype(log_probs)
+    if jnp.issubdtype(labels.dtype, jnp.floating):
+        loss = expected_nll(log_p, scale_classes(jnp.asarray(labels, log_p.dtype), weight, axis), axis)
+        return reduce_mean_of_all(loss, reduction)
+    target = read_labels(labels, log_p.shape[axis], weight, ignore_index, log_p.dtype)
+    return reduce_weighted(-_pick(log_p, target.index, axis), target, reduction)
+
+
+class Target(NamedTuple):
+    """Class indices made safe: an index outside the classes is `classes`, and that of an ignored example 0."""
+
+    index: Integer[Array, "..."]
+    counts: Bool[Array, "..."] | None  # None if every example counts
+    weight: Float[Array, "..."] | None  # the weight of each example's class
+
+
+def read_labels(
+    labels: LabelArray, classes: int, weight: FloatArray | None, ignore_index: int | None, dtype: jnp.dtype
+) -> Target:
+    """Sort labels into those that count, those to ignore and those out of range."""
+    labels = jnp.asarray(labels)
+    if labels.dtype.itemsize < 4:  # so that `classes` and `ignore_index` fit the dtype they are compared in
+        labels = labels.astype(jnp.int32)
+    valid = (labels >= 0) & (labels < classes)
+    counts = None
+    if ignore_index is not None and _representable(ignore_index, labels.dtype):
+        counts = labels != ignore_index
+        valid |= ~counts
+    checkify.debug_check(jnp.all(valid), f"labels must lie in [0, {classes}) or equal ignore_index")
+    index = jnp.where(valid, labels, classes).astype(jnp.int32)
+    if counts is not None:
+        index = jnp.where(counts, index, 0)
+    of_label = None if weight is None else jnp.asarray(weight, dtype).at[index].get(mode="fill")
+    if of_label is not None and counts is not None:
+        of_label = jnp.where(counts, of_label, 0.0)
+    return Target(index, counts, of_label)
+
+
+def _representable(value: int, dtype: jnp.dtype) -> bool:
+    info = jnp.iinfo(dtype)
+    return info.min <= value <= info.max
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(2,))
+def _pick(x: Float[Array, "..."], index: Integer[Array, "..."], axis: int) -> Float[Array, "..."]:
+    """Entry `index` along `axis`; NaN if the index is out of range."""
+    return take_class(x, index, axis)
+
+
+@_pick.defjvp
+def _pick_jvp(axis: int, primals: tuple[Array, Array], tangents: tuple[Array, Array]) -> tuple[Array, Array]:
+    # A mask instead of the scatter that AD would write: one vectorised pass, and a whole row of NaN for a bad index.
+    x, index = primals
+    outside = jnp.expand_dims(index >= x.shape[axis], axis)
+    row = jnp.where(outside, jnp.nan, one_hot(index, x.shape, axis).astype(x.dtype))
+    return _pick(x, index, axis), jnp.sum(row * tangents[0], axis)
+
+
+def take_class(x: Float[Array, "..."], index: Integer[Array, "..."], axis: int) -> Float[Array, "..."]:
+    """Entry `index` along `axis` without a derivative of its own; NaN if the index is out of range."""
+    if not x.shape[axis]:
+        return jnp.full(index.shape, jnp.nan, x.dtype)
+    return jnp.squeeze(jnp.take_along_axis(x, jnp.expand_dims(index, axis), axis, mode="fill"), axis)
+
+
+def scale_classes(x: Float[Array, "..."], weight: FloatArray | None, axis: int) -> Float[Array, "..."]:
+    """`x` times the weight of each class."""
+    if weight is None:
+        return x
+    return x * jnp.asarray(weight, x.dtype).reshape((-1,) + (1,) * (x.ndim - axis - 1))
+
+
+def expected_nll(log_p: Float[Array, "..."], q: Float[Array, "..."], axis: int) -> Float[Array, "..."]:
+    """`-sum(q * log_p)` along `axis`, where 0 * -inf counts as 0."""
+    log_p = jnp.where((q == 0) & (log_p == -jnp.inf), 0.0, log_p)
+    return -jnp.sum(q * log_p, axis)
+
+
+def reduce_mean_of_all(loss: Float[Array, "..."], reduction: Reduction) -> Float[Array, "..."]:
+    """Reduce losses where the mean is over all examples; NaN if there are none."""
+    if reduction == "none":
+        return loss
+    total = jnp.sum(loss)
+    return total if reduction == "sum" else total / jnp.asarray(loss.size, loss.dtype)
+
+
+def reduce_weighted(
+    loss: Float[Array, "..."], target: Target, reduction: Reduction, extra: Float[Array, "..."] | None = None
+) -> Float[Array, "..."]:
+    """Weigh, drop what is ignored, and reduce; the mean divides by the summed weights, and may be 0 / 0 = NaN.
+
+    `extra` is added per example after weighing.
+    """
+    if target.weight is not None:
+        loss = loss * target.weight
+    if extra is not None:
+        loss = loss + extra
+    if target.counts is not None:
+        loss = jnp.where(target.counts, loss, 0.0)
+    if reduction == "none":
+        return loss
+    total = jnp.sum(loss)
+    if reduction == "sum":
+        return total
+    if target.weight is not None:
+        return total / jnp.sum(target.weight)
+    count = loss.size if target.counts is None else jnp.sum(target.counts)
+    return total / jnp.asarray(count, loss.dtype)

@@ -1,0 +1,228 @@
+"""softmax and log_softmax, whose derivatives keep their relative accuracy at any margin.
+
+Softmax does not change when a constant is added to all logits. Each rule below uses that freedom to measure
+against the dominant class, so that `1 - p` of a class with p close to 1 is never formed.
+"""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+from jaxtyping import Array, Bool, Float, Integer
+
+from ._check import BoolArray, FloatArray, check_dtype, check_floating, check_where, normalize_axis
+
+# Sums over many classes go block by block: XLA's CPU backend vectorises a plain sum and not a masked one, so only
+# the block that holds the class to be left out is summed again under a mask. Short sums also round less.
+_BLOCK_SIZES = range(32, 257)
+
+
+def softmax(
+    logits: FloatArray, axis: int = -1, *, where: BoolArray | None = None, dtype: DTypeLike | None = None
+) -> Float[Array, "..."]:
+    r"""Probabilities proportional to the exponential of the logits.
+
+    $$p_k = \frac{\exp(x_k)}{\sum_j \exp(x_j)}$$
+
+    Args:
+        logits: scores of a floating dtype; any shape with at least one axis.
+        axis: the class axis.
+        where: boolean mask that broadcasts to `logits`; classes where it is False get probability 0 and no
+            gradient, and a row without any class left gets zeros.
+        dtype: dtype of the result, that of `logits` by default. As in PyTorch, logits are cast to it first;
+            half precision is computed in float32 in any case.
+
+    Returns:
+        Array of the shape of `logits`, summing to 1 along `axis`.
+
+    Raises:
+        TypeError: `logits` or `dtype` is not floating, or `where` is not boolean.
+        ValueError: `axis` is out of range, or `where` does not broadcast to `logits`.
+
+    Example:
+        >>> import jax.numpy as jnp, jaxent
+        >>> print(jaxent.softmax(jnp.array([1.0, 2.0, 3.0])).round(4))
+        [0.09   0.2447 0.6652]
+
+    References:
+        [torch.nn.functional.softmax](https://docs.pytorch.org/docs/stable/generated/torch.nn.functional.softmax.html).
+        Unlike `jax.nn.softmax`, derivatives stay accurate where one class dominates.
+    """
+    axis = _check(logits, axis, where, dtype)
+    return _softmax(logits, where, axis, dtype)
+
+
+def log_softmax(
+    logits: FloatArray, axis: int = -1, *, where: BoolArray | None = None, dtype: DTypeLike | None = None
+) -> Float[Array, "..."]:
+    r"""Logarithms of the softmax probabilities, without computing the probabilities first.
+
+    $$\log p_k = x_k - \log \sum_j \exp(x_j)$$
+
+    Args:
+        logits: scores of a floating dtype; any shape with at least one axis.
+        axis: the class axis.
+        where: boolean mask that broadcasts to `logits`; classes where it is False get -inf and no gradient.
+        dtype: dtype of the result, that of `logits` by default. As in PyTorch, logits are cast to it first;
+            half precision is computed in float32 in any case.
+
+    Returns:
+        Array of the shape of `logits`.
+
+    Raises:
+        TypeError: `logits` or `dtype` is not floating, or `where` is not boolean.
+        ValueError: `axis` is out of range, or `where` does not broadcast to `logits`.
+
+    Example:
+        >>> import jax.numpy as jnp, jaxent
+        >>> print(jaxent.log_softmax(jnp.array([0.0, 20.0])))
+        [-2.0000000e+01 -2.0611537e-09]
+
+    References:
+        [torch.nn.functional.log_softmax](https://docs.pytorch.org/docs/stable/generated/torch.nn.functional.log_softmax.html);
+        Blanchard, Higham & Higham 2021, "Accurately computing the log-sum-exp and softmax functions".
+    """
+    axis = _check(logits, axis, where, dtype)
+    return _log_softmax(logits, where, axis, dtype)
+
+
+def _check(logits: FloatArray, axis: int, where: BoolArray | None, dtype: DTypeLike | None) -> int:
+    check_floating("logits", logits)
+    check_dtype(dtype)
+    check_where("logits", logits.shape, where)
+    return normalize_axis("logits", logits.shape, axis)
+
+
+@partial(jax.jit, static_argnums=(2, 3))
+def _softmax(
+    logits: FloatArray, where: BoolArray | None, axis: int, dtype: DTypeLike | None
+) -> Float[Array, "..."]:
+    x, out = _cast(logits, dtype)
+    x, keep, _ = hide_classes(x, where, axis)
+    p = softmax_core(x, axis)
+    return (p if keep is None else jnp.where(keep, p, 0.0)).astype(out)
+
+
+@partial(jax.jit, static_argnums=(2, 3))
+def _log_softmax(
+    logits: FloatArray, where: BoolArray | None, axis: int, dtype: DTypeLike | None
+) -> Float[Array, "..."]:
+    x, out = _cast(logits, dtype)
+    x, keep, _ = hide_classes(x, where, axis)
+    log_p = log_softmax_core(x, axis)
+    return (log_p if keep is None else jnp.where(keep, log_p, -jnp.inf)).astype(out)
+
+
+def _cast(logits: FloatArray, dtype: DTypeLike | None) -> tuple[Float[Array, "..."], jnp.dtype]:
+    x = jnp.asarray(logits, dtype)
+    return to_compute_dtype(x), x.dtype
+
+
+def to_compute_dtype(x: FloatArray) -> Float[Array, "..."]:
+    """`x` in at least float32, in which all arithmetic is done."""
+    x = jnp.asarray(x)
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
+def hide_classes(
+    x: Float[Array, "..."], where: BoolArray | None, axis: int
+) -> tuple[Float[Array, "..."], Bool[Array, "..."] | None, Bool[Array, "..."] | None]:
+    """Logits with masked classes at -inf, the mask in full shape, and which rows have no class left.
+
+    Such empty rows become zeros here, so that nothing downstream meets a NaN; callers overwrite their results.
+    """
+    if where is None:
+        return x, None, None
+    keep = jnp.broadcast_to(jnp.asarray(where), x.shape)
+    empty = ~jnp.any(keep, axis)
+    fill = jnp.where(jnp.expand_dims(empty, axis), 0.0, -jnp.inf).astype(x.dtype)
+    return jnp.where(keep, x, fill), keep, empty
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(1,))
+def softmax_core(x: Float[Array, "..."], axis: int) -> Float[Array, "..."]:
+    """Softmax of float32 or float64 logits."""
+    e = jnp.exp(x - row_max(x, axis))
+    return e / jnp.sum(e, axis, keepdims=True)
+
+
+@softmax_core.defjvp
+def _softmax_jvp(axis: int, primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
+    p = softmax_core(primals[0], axis)
+    return p, p * _centred_tangent(p, tangents[0], axis)
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(1,))
+def log_softmax_core(x: Float[Array, "..."], axis: int) -> Float[Array, "..."]:
+    """Log-softmax of float32 or float64 logits."""
+    m = row_max(x, axis)
+    others = sum_exp_except(x, m, jnp.argmax(x, axis) if x.shape[axis] else jnp.zeros(m.shape, int), axis)
+    return (x - m) - jnp.expand_dims(log1p(others), axis)
+
+
+@log_softmax_core.defjvp
+def _log_softmax_jvp(axis: int, primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
+    p = softmax_core(primals[0], axis)
+    return log_softmax_core(primals[0], axis), _centred_tangent(p, tangents[0], axis)
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(1,))
+def logsumexp_core(x: Float[Array, "..."], axis: int) -> Float[Array, "..."]:
+    """Logarithm of the summed exponentials; the shape of `x` without the class axis."""
+    m = row_max(x, axis)
+    return jnp.log(jnp.sum(jnp.exp(x - m), axis)) + jnp.squeeze(m, axis)
+
+
+@logsumexp_core.defjvp
+def _logsumexp_jvp(axis: int, primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
+    p = softmax_core(primals[0], axis)
+    return logsumexp_core(primals[0], axis), jnp.sum(p * tangents[0], axis)
+
+
+def _centred_tangent(p: Float[Array, "..."], t: Float[Array, "..."], axis: int) -> Float[Array, "..."]:
+    """`t - sum(p * t)`, which is the tangent of log_softmax.
+
+    If one class holds more than half of the probability, tangents are first taken relative to its own. That class
+    is masked to an exact zero: with `t - t` there instead, the transpose would add 1 and subtract it again, and
+    round the small remainder away.
+    """
+    dominant = p > 0.5
+    relative = t - jnp.sum(jnp.where(dominant, t, 0.0), axis, keepdims=True)
+    relative = jnp.where(dominant, 0.0, relative)
+    return relative - jnp.sum(p * relative, axis, keepdims=True)
+
+
+def row_max(x: Float[Array, "..."], axis: int) -> Float[Array, "..."]:
+    """Largest logit of each row, with the class axis kept; -inf if there are no classes."""
+    return jnp.max(x, axis, keepdims=True, initial=-jnp.inf)
+
+
+def log1p(x: Float[Array, "..."]) -> Float[Array, "..."]:
+    """`log(1 + x)` for finite x >= 0 (Kahan's form: XLA's own log1p is a slow library call on CPUs)."""
+    total = 1.0 + x
+    exact = total == 1.0
+    return jnp.where(exact, x, jnp.log(total) * (x / jnp.where(exact, 1.0, total - 1.0)))
+
+
+def one_hot(index: Integer[Array, "..."], shape: tuple[int, ...], axis: int) -> Bool[Array, "..."]:
+    """Mask of the given shape, True where the position along `axis` is `index`."""
+    position = jax.lax.broadcasted_iota(index.dtype, shape, axis)
+    return position == jnp.expand_dims(index, axis)
+
+
+def sum_exp_except(
+    x: Float[Array, "..."], m: Float[Array, "..."], index: Integer[Array, "..."], axis: int
+) -> Float[Array, "..."]:
+    """Sum of `exp(x - m)` over all classes but `index`, which is left out rather than subtracted."""
+    classes = x.shape[axis]
+    block = next((b for b in _BLOCK_SIZES if classes % b == 0), classes)
+    if axis != x.ndim - 1 or classes < 1024 or block == classes:
+        e = jnp.exp(x - m)
+        return jnp.sum(jnp.where(one_hot(index, x.shape, axis), 0.0, e), axis)
+    blocks = x.reshape(*x.shape[:-1], classes // block, block)
+    sums = jnp.sum(jnp.exp(blocks - m[..., None]), -1)
+    of_index = index // block
+    rest = jnp.sum(jnp.where(one_hot(of_index, sums.shape, axis), 0.0, sums), -1)
+    own = jnp.take_along_axis(blocks, of_index[..., None, None], -2, mode="clip")[..., 0, :]
+    return rest + jnp.sum(jnp.where(one_hot(index % block, own.shape, axis), 0.0, jnp.exp(own - m)), -1)
