@@ -119,7 +119,7 @@ def _errors(name, scores, labels, weight, cotangent, options):
     """Bounds for the loss, the gradient of the scores and the gradient of the labels.
 
     Every quantity is a sum of products (weight x target x log-probability, or probability) and carries at
-    most one rounding per term of the sum and a few for each product, all relative to the largest such product.
+    most one rounding per term of the sum and a few for each product, all relative to the largest of them.
     """
     options = dict(options)
     axis, reduction = options["axis"], options.get("reduction", "mean")

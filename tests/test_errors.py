@@ -1,4 +1,4 @@
-"""Every bad argument raises before anything is traced, in one sentence: which, what was got, what is expected."""
+"""Every bad argument raises at once, in one sentence: which it is, what was got and what is expected."""
 
 import re
 
@@ -35,8 +35,8 @@ def log_softmax(**bad):
     return lambda: jaxent.log_softmax(arguments.pop("logits"), **arguments)
 
 
-COMPLEX, INTEGER = jnp.zeros((2, 3), complex), jnp.zeros((2, 3), int)
-SHARED = [  # bad argument, the error, what the message must hold: the argument, what was got, what is expected
+COMPLEX, INTEGER, BOOLEAN = (jnp.zeros((2, 3), dtype) for dtype in (complex, int, bool))
+SHARED = [  # a bad argument, its error, and what the message must hold: its name first
     ({"axis": 2}, ValueError, ("axis", "2")),
     ({"axis": -3}, ValueError, ("axis", "-3")),
     ({"axis": 1.0}, TypeError, ("axis", "1.0")),
@@ -63,32 +63,31 @@ MASKS = [
     ({"where": jnp.ones((2, 2), bool)}, ValueError, ("where", "(2, 2)", "(2, 3)")),
     ({"where": jnp.ones((1, 2, 3), bool)}, ValueError, ("where", "(1, 2, 3)", "(2, 3)")),
 ]
+SOFTMAXES = (softmax, log_softmax)
+ON_LOGITS = (*SOFTMAXES, cross_entropy)
 CASES = [
     *[(cross_entropy, *case) for case in LOSSES + MASKS],
     *[(nll, *case) for case in LOSSES],
-    *[(function, *case) for case in SHARED + MASKS for function in (softmax, log_softmax)],
-    *[(function, {"logits": COMPLEX}, TypeError, ("logits", "complex64", "float")) for function in
-      (softmax, log_softmax, cross_entropy)],
-    *[(function, {"logits": jnp.zeros((2, 3), bool)}, TypeError, ("logits", "bool", "float")) for function in
-      (softmax, log_softmax, cross_entropy)],
-    *[(function, {"logits": jnp.array(1.0)}, ValueError, ("logits", "()")) for function in
-      (softmax, log_softmax, cross_entropy)],
-    *[(function, {"dtype": "int32"}, TypeError, ("dtype", "int32", "float")) for function in (softmax, log_softmax)],
+    *[(function, *case) for case in SHARED + MASKS for function in SOFTMAXES],
+    *[(function, {"logits": COMPLEX}, TypeError, ("logits", "complex64", "float")) for function in ON_LOGITS],
+    *[(function, {"logits": BOOLEAN}, TypeError, ("logits", "bool", "float")) for function in ON_LOGITS],
+    *[(function, {"logits": jnp.array(1.0)}, ValueError, ("logits", "()")) for function in ON_LOGITS],
+    *[(function, {"dtype": "int32"}, TypeError, ("dtype", "int32", "float")) for function in SOFTMAXES],
     (cross_entropy, {"logits": INTEGER}, TypeError, ("logits", "int32", "float")),
     (nll, {"log_probs": COMPLEX}, TypeError, ("log_probs", "complex64", "float")),
     (nll, {"log_probs": INTEGER}, TypeError, ("log_probs", "int32", "float")),
     (nll, {"log_probs": jnp.array(1.0)}, ValueError, ("log_probs", "()")),
-    (nll, {"labels": jnp.zeros(2)}, TypeError, ("labels", "float32", "integer")),
+    (nll, {"labels": PROBABILITIES[0]}, ValueError, ("labels", "(3,)", "(2, 3)")),
     (cross_entropy, {"labels": PROBABILITIES[:, :2]}, ValueError, ("labels", "(2, 2)", "(2, 3)")),
     (cross_entropy, {"labels": PROBABILITIES[0]}, ValueError, ("labels", "(3,)", "(2, 3)")),
-    (cross_entropy, {"labels": PROBABILITIES, "ignore_index": 1}, ValueError, ("ignore_index", "1", "probabilities")),
-    (cross_entropy, {"labels": PROBABILITIES, "ignore_index": 0}, ValueError, ("ignore_index", "0", "probabilities")),
+    (cross_entropy, {"labels": PROBABILITIES, "ignore_index": 1}, ValueError, ("ignore_index", "1", "prob")),
+    (cross_entropy, {"labels": PROBABILITIES, "ignore_index": 0}, ValueError, ("ignore_index", "0", "prob")),
     (cross_entropy, {"label_smoothing": -0.1}, ValueError, ("label_smoothing", "-0.1", "0", "1")),
     (cross_entropy, {"label_smoothing": 1.5}, ValueError, ("label_smoothing", "1.5", "0", "1")),
     (cross_entropy, {"label_smoothing": float("nan")}, ValueError, ("label_smoothing", "nan", "0", "1")),
     (cross_entropy, {"label_smoothing": "a"}, TypeError, ("label_smoothing", "'a'")),
     (cross_entropy, {"z_loss": "a"}, TypeError, ("z_loss", "'a'")),
-]  # fmt: skip
+]
 
 
 def _name(case):
