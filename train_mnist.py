@@ -2,6 +2,8 @@
 
 import sys
 from collections.abc import Sequence
+from contextlib import redirect_stderr
+from io import StringIO
 
 import tyro
 
@@ -14,10 +16,12 @@ from mnist.training import fingerprint, train
 def main(args: Sequence[str] | None = None) -> int:
     """Run the command and return its exit status."""
     try:
-        config = tyro.cli(Config, args=args)
-        run(config)
+        run(parse(args))
     except (ConfigError, DataError) as error:
         print(error, file=sys.stderr)
+        return 1
+    except OSError as error:
+        print(f"{error.filename or 'The system'}: {error.strerror or error}.", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("Interrupted.", file=sys.stderr)
@@ -25,10 +29,24 @@ def main(args: Sequence[str] | None = None) -> int:
     return 0
 
 
+def parse(args: Sequence[str] | None) -> Config:
+    """Read the flags; what is wrong with them becomes one sentence instead of tyro's box of several lines."""
+    box = StringIO()
+    try:
+        with redirect_stderr(box):
+            return tyro.cli(Config, args=args, prog="train_mnist.py")
+    except SystemExit as stop:
+        if not stop.code:  # --help
+            raise
+        message, _, _ = "".join(box.getvalue().splitlines(keepends=True)[1:]).partition("───")
+        raise ConfigError(f"{' '.join(message.replace('│', ' ').split())}; see --help.") from None
+
+
 def run(config: Config) -> None:
     """Get the data, train, and print what came out."""
-    splits = obtain(config.data_dir, config.idx_dir)
-    print(f"{len(splits['train'].labels):,} training and {len(splits['test'].labels):,} test digits", flush=True)
+    splits = obtain(config.data_dir.expanduser(), config.idx_dir)
+    train_size, test_size = (len(splits[split].labels) for split in ("train", "test"))
+    print(f"{train_size:,} training and {test_size:,} test digits", flush=True)
     result = train(config, splits)
     print(f"final test accuracy {result.accuracy:.2%}   parameters {fingerprint(result.params)}")
 

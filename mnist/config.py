@@ -29,10 +29,12 @@ class Config:
     """Decides everything random: two runs with the same seed end with the same bits."""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "data_dir", self.data_dir.expanduser())
-        for name in ("epochs", "batch_size", "learning_rate"):
-            if not getattr(self, name) > 0:
-                raise ConfigError(f"--{name.replace('_', '-')} is {getattr(self, name)}, but must be positive.")
-        for name in ("weight_decay", "seed"):
-            if not getattr(self, name) >= 0:
-                raise ConfigError(f"--{name.replace('_', '-')} is {getattr(self, name)}, but must not be negative.")
+        for flag, value, low in (
+            ("--epochs", self.epochs, 1),
+            ("--batch-size", self.batch_size, 1),
+            ("--learning-rate", self.learning_rate, 0),
+            ("--weight-decay", self.weight_decay, 0),
+            ("--seed", self.seed, 0),
+        ):
+            if not low <= value < 2**31:  # nor is NaN
+                raise ConfigError(f"{flag} is {value}, but must be at least {low} and less than 2**31.")

@@ -1,7 +1,8 @@
 """Cut the carried sample out of the official files: `python -m mnist.cut_sample IDX_DIR`.
 
-Of every class it takes 1,000 digits of the official training files and 200 of the official test files, evenly spaced
-over all digits of that class, because the files are sorted by groups of writers; they keep the order of the files.
+Of every class it takes 1,000 digits of the official training files and 200 of the official test files. They
+are evenly spaced over all digits of that class, because the files are sorted by groups of writers, and keep
+the order of the files.
 """
 
 import shutil

@@ -12,8 +12,9 @@ import numpy as np
 import tensorflow_datasets as tfds
 from absl import logging
 from array_record.python.array_record_module import ArrayRecordWriter
+from tensorflow_datasets.core.writer import ExampleWriter
 
-from mnist.idx import DataError, Digits, Splits, Unreachable, from_folder, from_network
+from mnist.idx import DataError, Digits, Splits, UnreachableError, from_folder, from_network
 
 SAMPLE = Path(__file__).parent / "sample"  # a data directory that the repository carries
 
@@ -22,7 +23,7 @@ logging.set_verbosity(logging.FATAL)
 tfds.disable_progress_bar()
 
 
-class GroupedWriter(tfds.core.writer.ExampleWriter):
+class GroupedWriter(ExampleWriter):
     """Writes array_record files whose examples are compressed together, which makes them twice as small."""
 
     def write(self, path: os.PathLike[str], examples: Iterable[tuple[Any, bytes]]) -> None:
@@ -70,15 +71,19 @@ class MnistIdx(tfds.core.GeneratorBasedBuilder):
             yield key, {"image": image, "label": int(label)}
 
 
-def obtain(data_dir: Path, idx_dir: Path | None = None, download: Callable[[], Splits] = from_network) -> Splits:
-    """Return MNIST: from `idx_dir` if given, else as prepared, else from the network, else the carried sample."""
+def obtain(
+    data_dir: Path, idx_dir: Path | None = None, download: Callable[[], Splits] = from_network
+) -> Splits:
+    """Return MNIST: from `idx_dir` if given, else as prepared, else downloaded, else the carried sample."""
     if idx_dir is not None:
         return keep(from_folder(idx_dir), data_dir)
+    if data_dir.exists() and not data_dir.is_dir():
+        raise DataError(f"The data directory {data_dir} is no directory.")
     if directory(data_dir).exists():
         return load(data_dir)
     try:
         return keep(download(), data_dir)
-    except Unreachable:
+    except UnreachableError:
         print(
             "The network gives no answer, so this trains on the carried sample of MNIST: "
             "10,000 training and 2,000 test digits.",
@@ -117,8 +122,8 @@ def prepare(splits: Splits, data_dir: Path) -> None:
 def load(data_dir: Path) -> Splits:
     """Read the prepared data set under `data_dir`."""
     try:
-        builder = tfds.builder_from_directory(directory(data_dir))
-        return {split: read(builder.as_data_source(split)) for split in ("train", "test")}
+        sources = tfds.builder_from_directory(directory(data_dir)).as_data_source()
+        return {split: read(sources[split]) for split in ("train", "test")}
     except Exception as error:  # JSON, protobuf, array_record and TFDS each raise their own on damaged files
         raise DataError(
             f"The prepared data set {directory(data_dir)} is damaged, delete it to have it prepared anew: "

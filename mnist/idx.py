@@ -35,7 +35,7 @@ class DataError(Exception):
     """What is wrong with the data, in one sentence for the person at the terminal."""
 
 
-class Unreachable(DataError):
+class UnreachableError(DataError):
     """No server gave an answer."""
 
 
@@ -70,8 +70,8 @@ def from_network(
     mirrors: Sequence[str] = MIRRORS, sha256: Mapping[str, str] = SHA256, patience: float = 4.0
 ) -> Splits:
     """Download the four files into memory from the first mirror that answers within `patience` seconds."""
-    reachable = answering(mirrors, f"{next(reversed(sha256))}.gz", patience)
-    failure: DataError = Unreachable("The network gives no answer.")
+    reachable = answering(mirrors, f"{list(sha256)[-1]}.gz", patience)
+    failure: DataError = UnreachableError("The network gives no answer.")
     for mirror in reachable:
         try:
             return decode(lambda name, mirror=mirror: fetch(f"{mirror}{name}.gz", sha256[name]))
@@ -109,7 +109,7 @@ def fetch(url: str, sha256: str, timeout: float = 15.0) -> bytes:
         with urllib.request.urlopen(url, timeout=timeout) as response:
             raw: bytes = response.read(LONGEST)
     except NETWORK_ERRORS as error:
-        raise Unreachable(f"{url} cannot be downloaded: {error}.") from error
+        raise UnreachableError(f"{url} cannot be downloaded: {error}.") from error
     return checked(raw, sha256, url)
 
 

@@ -22,7 +22,7 @@ class Conv(nnx.Module):
 
 
 def max_pool(x: jax.Array) -> jax.Array:
-    """Halve height and width. The gradient of this form is five times faster than reduce_window's on a CPU."""
+    """Halve height and width. On a CPU this form's gradient is five times faster than reduce_window's."""
     batch, height, width, channels = x.shape
     return x.reshape(batch, height // 2, 2, width // 2, 2, channels).max((2, 4))
 

@@ -4,7 +4,7 @@ import hashlib
 import time
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,10 +23,13 @@ LONGEST_DISPATCH = 64  # steps; the progress bar moves, and Ctrl-C is heard, bet
 MARGIN = 2  # pixels by which a training image is shifted at most
 
 
+Params = Any  # a tree of arrays, as nnx.split makes it
+
+
 class State(NamedTuple):
     """What a step changes."""
 
-    params: nnx.State
+    params: Params
     optimizer: optax.OptState
     step: jax.Array
 
@@ -34,7 +37,7 @@ class State(NamedTuple):
 class Result(NamedTuple):
     """What a run ends with."""
 
-    params: nnx.State
+    params: Params
     accuracy: float
 
 
@@ -42,8 +45,9 @@ def train(config: Config, splits: Splits) -> Result:
     """Train on one split, print the accuracy on the other after every epoch, and return the outcome."""
     images, labels = map(jnp.asarray, splits["train"])
     test_images, test_labels = map(jnp.asarray, splits["test"])
-    dispatches, steps = plan(len(images), config.batch_size)
-    optimizer = make_optimizer(config, config.epochs * dispatches * steps)
+    shape = dispatches, steps, _ = plan(len(images), config.batch_size)
+    total_steps = config.epochs * dispatches * steps
+    optimizer = make_optimizer(config, total_steps)
     model, params = nnx.split(Cnn(nnx.Rngs(config.seed)))
     state = State(params, optimizer.init(params), jnp.zeros((), jnp.int32))
     run = make_run(model, optimizer)
@@ -51,10 +55,10 @@ def train(config: Config, splits: Splits) -> Result:
     start = time.perf_counter()
     accuracy = 0.0
     with progress_bar() as bar:
-        task = bar.add_task("training", total=config.epochs * dispatches * steps)
+        task = bar.add_task("training", total=total_steps)
         for epoch in range(1, config.epochs + 1):
             losses: list[float] = []
-            for indices in shuffled(jax.random.fold_in(key, epoch), len(images), (dispatches, steps, config.batch_size)):
+            for indices in shuffled(jax.random.fold_in(key, epoch), len(images), shape):
                 state, loss = run(state, images, labels, indices, key)
                 losses.append(float(loss))
                 bar.advance(task, steps)
@@ -68,8 +72,8 @@ def train(config: Config, splits: Splits) -> Result:
     return Result(state.params, accuracy)
 
 
-def plan(examples: int, batch_size: int) -> tuple[int, int]:
-    """Cut an epoch into equal dispatches: how many, and of how many steps each.
+def plan(examples: int, batch_size: int) -> tuple[int, int, int]:
+    """Cut an epoch into equal dispatches: return their number, the steps of each, and the examples of a step.
 
     Equal, so that one compiled program serves all; the few examples left over differ from epoch to epoch.
     """
@@ -77,7 +81,7 @@ def plan(examples: int, batch_size: int) -> tuple[int, int]:
     if steps == 0:
         raise ConfigError(f"--batch-size is {batch_size}, but there are only {examples} training digits.")
     dispatches = -(-steps // LONGEST_DISPATCH)
-    return dispatches, steps // dispatches
+    return dispatches, steps // dispatches, batch_size
 
 
 def make_optimizer(config: Config, steps: int) -> optax.GradientTransformation:
@@ -95,9 +99,12 @@ Run = Callable[[State, jax.Array, jax.Array, jax.Array, jax.Array], tuple[State,
 
 
 def make_run(model: nnx.GraphDef[Cnn], optimizer: optax.GradientTransformation) -> Run:
-    """Compile many steps into one program: (state, images, labels, indices (S, B), key) -> (state, mean loss)."""
+    """Compile many steps into one program, `run(state, images, labels, indices, key)`.
 
-    def loss_of(params: nnx.State, images: jax.Array, labels: jax.Array, key: jax.Array) -> jax.Array:
+    `indices` (steps, batch) says which examples each step sees. Returns the new state and the mean loss.
+    """
+
+    def loss_of(params: Params, images: jax.Array, labels: jax.Array, key: jax.Array) -> jax.Array:
         logits = nnx.merge(model, params)(images, key)
         return jaxent.cross_entropy(logits, labels)
 
@@ -107,8 +114,8 @@ def make_run(model: nnx.GraphDef[Cnn], optimizer: optax.GradientTransformation) 
     ) -> tuple[State, jax.Array]:
         def step(state: State, batch: jax.Array) -> tuple[State, jax.Array]:
             shift_key, dropout_key = jax.random.split(jax.random.fold_in(key, state.step))
-            shifted_images = shifted(shift_key, images[batch])
-            loss, grads = jax.value_and_grad(loss_of)(state.params, shifted_images, labels[batch], dropout_key)
+            inputs, targets = shifted(shift_key, images[batch]), labels[batch]
+            loss, grads = jax.value_and_grad(loss_of)(state.params, inputs, targets, dropout_key)
             updates, optimizer_state = optimizer.update(grads, state.optimizer, state.params)
             return State(optax.apply_updates(state.params, updates), optimizer_state, state.step + 1), loss
 
@@ -122,23 +129,29 @@ def shifted(key: jax.Array, images: jax.Array) -> jax.Array:
     """Move every image by up to MARGIN pixels along each axis."""
     padded = jnp.pad(images, ((0, 0), (MARGIN, MARGIN), (MARGIN, MARGIN), (0, 0)))
     corners = jax.random.randint(key, (len(images), 2), 0, 2 * MARGIN + 1)
-    cut = lambda image, corner: jax.lax.dynamic_slice(image, (*corner, 0), images.shape[1:])
+
+    def cut(image: jax.Array, corner: jax.Array) -> jax.Array:
+        return jax.lax.dynamic_slice(image, (*corner, 0), images.shape[1:])
+
     return jax.vmap(cut)(padded, corners)
 
 
 @partial(jax.jit, static_argnums=0)
-def hits(model: nnx.GraphDef[Cnn], params: nnx.State, images: jax.Array, labels: jax.Array) -> jax.Array:
+def hits(model: nnx.GraphDef[Cnn], params: Params, images: jax.Array, labels: jax.Array) -> jax.Array:
     network = nnx.merge(model, params)
-    guess = lambda image: network(image[None])[0].argmax()
+
+    def guess(image: jax.Array) -> jax.Array:
+        return network(image[None])[0].argmax()
+
     return (jax.lax.map(guess, images, batch_size=500) == labels).sum()
 
 
-def evaluate(model: nnx.GraphDef[Cnn], params: nnx.State, images: jax.Array, labels: jax.Array) -> float:
+def evaluate(model: nnx.GraphDef[Cnn], params: Params, images: jax.Array, labels: jax.Array) -> float:
     """Return the share of images that the model labels rightly."""
     return int(hits(model, params, images, labels)) / len(labels)
 
 
-def fingerprint(params: nnx.State) -> str:
+def fingerprint(params: Params) -> str:
     """Return a short hash of all parameters' bits, equal only for runs that are equal."""
     digest = hashlib.sha256()
     for leaf in jax.tree.leaves(params):
