@@ -71,15 +71,25 @@ def check_weight(weight: FloatArray | None, classes: int) -> None:
         return
     check_floating("weight", weight)
     if weight.shape != (classes,):
-        raise ValueError(f"weight must have shape ({classes},), one entry per class, got shape {weight.shape}")
+        raise ValueError(
+            f"weight must have shape ({classes},), one entry per class, got shape {weight.shape}"
+        )
 
 
 def check_smoothing(label_smoothing: float) -> float:
     """`label_smoothing` as a Python float in [0, 1]."""
-    value = float(label_smoothing)
+    value = check_number("label_smoothing", label_smoothing)
     if not 0.0 <= value <= 1.0:
         raise ValueError(f"label_smoothing must lie in [0, 1], got {label_smoothing}")
     return value
+
+
+def check_number(name: str, value: float) -> float:
+    """`value` as a Python float: these numbers are compiled in."""
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        raise TypeError(f"{name} must be a number known at compile time, got {value!r}") from None
 
 
 def check_ignore_index(ignore_index: int | None) -> int | None:
@@ -140,4 +150,6 @@ def _check_range(labels: LabelArray, classes: int, ignore_index: int | None) -> 
     position = tuple(int(i) for i in np.argwhere(wrong)[0])
     place = f"labels[{', '.join(map(str, position))}]" if position else "labels"
     allowed = "" if ignore_index is None else f" or equal ignore_index={ignore_index}"
-    raise ValueError(f"labels must lie in [0, {classes}){allowed}, got {place} = {cast(int, values[position])}")
+    raise ValueError(
+        f"labels must lie in [0, {classes}){allowed}, got {place} = {cast(int, values[position])}"
+    )

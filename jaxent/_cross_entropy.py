@@ -14,6 +14,7 @@ from ._check import (
     check_floating,
     check_ignore_index,
     check_labels,
+    check_number,
     check_reduction,
     check_smoothing,
     check_weight,
@@ -75,16 +76,18 @@ def cross_entropy(
         TypeError: an argument has the wrong dtype.
         ValueError: a shape, an axis, the reduction or the smoothing does not fit, or a label lies outside
             `[0, classes)`. Where labels are traced their values cannot be checked: such an example's loss and
-            gradient are NaN, and `jax.experimental.checkify` reports it.
+            gradient are NaN, and `checkify` with its `index_checks` reports it.
 
     Example:
         >>> import jax, jax.numpy as jnp, jaxent
         >>> logits = jnp.array([[2.0, 1.0, 0.0], [0.0, 0.0, 30.0]])
         >>> labels = jnp.array([0, 2])
-        >>> print(jaxent.cross_entropy(logits, labels, reduction="none"))
-        [4.0760595e-01 1.8715246e-13]
-        >>> print(jax.grad(jaxent.cross_entropy)(logits, labels)[1])  # never rounds to zero
-        [ 4.6788117e-14  4.6788117e-14 -9.3576235e-14]
+        >>> losses = jaxent.cross_entropy(logits, labels, reduction="none")
+        >>> [f"{loss:.4g}" for loss in losses]
+        ['0.4076', '1.872e-13']
+        >>> gradient = jax.grad(jaxent.cross_entropy)(logits, labels)
+        >>> [f"{g:.4g}" for g in gradient[1]]  # the label's entry never rounds to zero
+        ['4.679e-14', '4.679e-14', '-9.358e-14']
 
     References:
         [torch.nn.functional.cross_entropy](https://docs.pytorch.org/docs/stable/generated/torch.nn.functional.cross_entropy.html);
@@ -100,7 +103,15 @@ def cross_entropy(
     check_weight(weight, logits.shape[axis])
     check_labels("logits", logits.shape, labels, axis, ignore_index)
     return _cross_entropy(
-        logits, labels, where, weight, axis, ignore_index, reduction, label_smoothing, float(z_loss)
+        logits,
+        labels,
+        where,
+        weight,
+        axis,
+        ignore_index,
+        reduction,
+        label_smoothing,
+        check_number("z_loss", z_loss),
     )
 
 

@@ -5,7 +5,6 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.experimental import checkify
 from jaxtyping import Array, Bool, Float, Integer
 
 from ._check import (
@@ -54,7 +53,7 @@ def nll(
         TypeError: an argument has the wrong dtype.
         ValueError: a shape, an axis or the reduction does not fit, or a label lies outside `[0, classes)`. Where
             labels are traced their values cannot be checked: such an example's loss and gradient are NaN,
-            and `jax.experimental.checkify` reports it.
+            and `checkify` with its `index_checks` reports it.
 
     Example:
         >>> import jax.numpy as jnp, jaxent
@@ -93,9 +92,9 @@ def _nll(
 
 
 class Target(NamedTuple):
-    """Class indices made safe: an index outside the classes is `classes`, and that of an ignored example 0."""
+    """What labels say about each example."""
 
-    index: Integer[Array, "..."]
+    index: Integer[Array, "..."]  # at least 0, and 0 for an ignored example; too large if out of range
     counts: Bool[Array, "..."] | None  # None if every example counts
     weight: Float[Array, "..."] | None  # the weight of each example's class
 
@@ -103,19 +102,17 @@ class Target(NamedTuple):
 def read_labels(
     labels: LabelArray, classes: int, weight: FloatArray | None, ignore_index: int | None, dtype: jnp.dtype
 ) -> Target:
-    """Sort labels into those that count, those to ignore and those out of range."""
+    """Class indices, and which of them count."""
     labels = jnp.asarray(labels)
     if labels.dtype.itemsize < 4:  # so that `classes` and `ignore_index` fit the dtype they are compared in
         labels = labels.astype(jnp.int32)
-    valid = (labels >= 0) & (labels < classes)
     counts = None
     if ignore_index is not None and _representable(ignore_index, labels.dtype):
         counts = labels != ignore_index
-        valid |= ~counts
-    checkify.debug_check(jnp.all(valid), f"labels must lie in [0, {classes}) or equal ignore_index")
-    index = jnp.where(valid, labels, classes).astype(jnp.int32)
-    if counts is not None:
-        index = jnp.where(counts, index, 0)
+        labels = jnp.where(counts, labels, 0)
+    # A label too large stays as it is for `checkify.index_checks` to report; a negative one must not wrap around.
+    largest = jnp.iinfo(jnp.int32).max
+    index = jnp.where(labels < 0, max(classes, 1), jnp.minimum(labels, largest)).astype(jnp.int32)
     of_label = None if weight is None else jnp.asarray(weight, dtype).at[index].get(mode="fill")
     if of_label is not None and counts is not None:
         of_label = jnp.where(counts, of_label, 0.0)

@@ -15,7 +15,7 @@ from ._check import BoolArray, FloatArray, check_dtype, check_floating, check_wh
 
 # Sums over many classes go block by block: XLA's CPU backend vectorises a plain sum and not a masked one, so only
 # the block that holds the class to be left out is summed again under a mask. Short sums also round less.
-_BLOCK_SIZES = range(32, 257)
+_BLOCK_SIZES = (128, 64, 32, *range(256, 15, -1))
 
 
 def softmax(
@@ -156,8 +156,11 @@ def _softmax_jvp(axis: int, primals: tuple[Array], tangents: tuple[Array]) -> tu
 @partial(jax.custom_jvp, nondiff_argnums=(1,))
 def log_softmax_core(x: Float[Array, "..."], axis: int) -> Float[Array, "..."]:
     """Log-softmax of float32 or float64 logits."""
+    if not x.shape[axis]:
+        return x
     m = row_max(x, axis)
-    others = sum_exp_except(x, m, jnp.argmax(x, axis) if x.shape[axis] else jnp.zeros(m.shape, int), axis)
+    largest = jnp.argmax(x, axis)
+    others = sum_exp_except(x, m, largest, axis)
     return (x - m) - jnp.expand_dims(log1p(others), axis)
 
 
@@ -200,7 +203,7 @@ def row_max(x: Float[Array, "..."], axis: int) -> Float[Array, "..."]:
 
 def log1p(x: Float[Array, "..."]) -> Float[Array, "..."]:
     """`log(1 + x)` for finite x >= 0 (Kahan's form: XLA's own log1p is a slow library call on CPUs)."""
-    total = 1.0 + x
+    total = jax.lax.optimization_barrier(1.0 + x)  # or XLA simplifies (1 + x) - 1 to x
     exact = total == 1.0
     return jnp.where(exact, x, jnp.log(total) * (x / jnp.where(exact, 1.0, total - 1.0)))
 
