@@ -12,6 +12,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 from absl import logging
 from array_record.python.array_record_module import ArrayRecordWriter
+from tensorflow_datasets.core.file_adapters import FileFormat
 from tensorflow_datasets.core.writer import ExampleWriter
 
 from mnist.idx import DataError, Digits, Splits, UnreachableError, from_folder, from_network
@@ -26,7 +27,7 @@ tfds.disable_progress_bar()
 class GroupedWriter(ExampleWriter):
     """Writes array_record files whose examples are compressed together, which makes them twice as small."""
 
-    def write(self, path: os.PathLike[str], examples: Iterable[tuple[Any, bytes]]) -> None:
+    def write(self, path: str | os.PathLike[str], examples: Iterable[tuple[Any, bytes]]) -> None:
         writer = ArrayRecordWriter(os.fspath(path), "group_size:1000,brotli:9")
         for _, example in examples:
             writer.write(example)
@@ -41,7 +42,7 @@ class MnistIdx(tfds.core.GeneratorBasedBuilder):
 
     def __init__(self, splits: Splits | None = None, **kwargs: Any) -> None:
         self._splits = splits
-        super().__init__(file_format="array_record", **kwargs)
+        super().__init__(file_format=FileFormat.ARRAY_RECORD, **kwargs)
 
     def _info(self) -> tfds.core.DatasetInfo:
         return tfds.core.DatasetInfo(
@@ -60,7 +61,7 @@ class MnistIdx(tfds.core.GeneratorBasedBuilder):
         )
 
     def _example_writer(self) -> GroupedWriter:
-        return GroupedWriter(self.info.file_format)
+        return GroupedWriter(FileFormat.ARRAY_RECORD)
 
     def _split_generators(self, dl_manager: object) -> dict[str, Iterator[tuple[int, dict[str, Any]]]]:
         del dl_manager
@@ -122,7 +123,7 @@ def prepare(splits: Splits, data_dir: Path) -> None:
 def load(data_dir: Path) -> Splits:
     """Read the prepared data set under `data_dir`."""
     try:
-        sources = tfds.builder_from_directory(directory(data_dir)).as_data_source()
+        sources: Any = tfds.builder_from_directory(directory(data_dir)).as_data_source()
         return {split: read(sources[split]) for split in ("train", "test")}
     except Exception as error:  # JSON, protobuf, array_record and TFDS each raise their own on damaged files
         raise DataError(

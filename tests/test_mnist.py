@@ -1,0 +1,426 @@
+"""The worked example: its data, its determinism, and what it says when something is wrong."""
+
+import errno
+import gzip
+import hashlib
+import os
+import re
+import shutil
+import socket
+import struct
+import subprocess
+import sys
+import threading
+import time
+from functools import partial
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+pytest.importorskip("flax")
+pytest.importorskip("tensorflow_datasets")
+
+import train_mnist
+from mnist import data, idx, training
+from mnist.config import Config
+from mnist.cut_sample import PER_CLASS, stratified
+from mnist.idx import DataError, Digits, UnreachableError
+
+ROOT = Path(__file__).parents[1]
+
+
+def draw(count: int, seed: int) -> Digits:
+    """Draw images of noise, with every class among the labels."""
+    rng = np.random.default_rng(seed)
+    return Digits(rng.integers(0, 256, (count, 28, 28, 1), np.uint8), np.arange(count, dtype=np.uint8) % 10)
+
+
+@pytest.fixture(scope="module")
+def splits() -> idx.Splits:
+    return {"train": draw(200, 0), "test": draw(50, 1)}
+
+
+@pytest.fixture(scope="module")
+def files(splits: idx.Splits) -> dict[str, bytes]:
+    """Return the contents of the four files, written by the format's definition."""
+    contents = {}
+    for split, prefix in idx.PREFIXES.items():
+        images, labels = splits[split]
+        contents[f"{prefix}-images-idx3-ubyte"] = struct.pack(">IIII", 0x803, len(images), 28, 28) + images.tobytes()
+        contents[f"{prefix}-labels-idx1-ubyte"] = struct.pack(">II", 0x801, len(labels)) + labels.tobytes()
+    return contents
+
+
+@pytest.fixture(scope="module")
+def sums(files: dict[str, bytes]) -> dict[str, str]:
+    return {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
+
+
+@pytest.fixture
+def idx_dir(files: dict[str, bytes], tmp_path: Path) -> Path:
+    folder = tmp_path / "idx"
+    folder.mkdir()
+    for name, content in files.items():
+        (folder / f"{name}.gz").write_bytes(gzip.compress(content))
+    return folder
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch, sums: dict[str, str]) -> None:
+    """Let the small files pass for the official ones, and the network be down."""
+    monkeypatch.setattr(data, "from_folder", partial(idx.from_folder, sha256=sums))
+    monkeypatch.setattr(data, "from_network", unreachable)
+
+
+def unreachable() -> idx.Splits:
+    raise UnreachableError("No answer.")
+
+
+def same(a: idx.Splits, b: idx.Splits) -> bool:
+    return all(np.array_equal(x, y) for split in a for x, y in zip(a[split], b[split], strict=True))
+
+
+def remains(folder: Path) -> list[str]:
+    """Name the files under `folder`."""
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+
+
+# Data
+
+
+def test_prepared_data_equals_the_idx_files(splits, sums, idx_dir, tmp_path):
+    read = idx.from_folder(idx_dir, sums)
+    assert same(read, splits)
+    data.prepare(read, tmp_path / "data")
+    prepared = data.load(tmp_path / "data")
+    assert same(prepared, splits)
+    assert [a.dtype for digits in prepared.values() for a in digits] == [np.uint8] * 4
+    assert [path.name for path in (tmp_path / "data").iterdir()] == ["mnist_idx"]
+
+
+def test_idx_files_may_be_uncompressed(splits, sums, files, idx_dir):
+    (idx_dir / "train-images-idx3-ubyte.gz").unlink()
+    (idx_dir / "train-images-idx3-ubyte").write_bytes(files["train-images-idx3-ubyte"])
+    assert same(idx.from_folder(idx_dir, sums), splits)
+
+
+@pytest.mark.usefixtures("small")
+def test_prepared_data_is_used_before_the_network(splits, idx_dir, tmp_path):
+    assert same(data.obtain(tmp_path / "data", idx_dir), splits)
+    shutil.rmtree(idx_dir)
+    assert same(data.obtain(tmp_path / "data", download=unreachable), splits)
+
+
+def test_the_sample_is_small_stratified_and_disjoint():
+    sample = data.load(data.SAMPLE)
+    assert {split: len(digits.labels) for split, digits in sample.items()} == {"train": 10_000, "test": 2_000}
+    for split, (images, labels) in sample.items():
+        assert images.shape[1:] == (28, 28, 1)
+        assert np.bincount(labels).tolist() == [PER_CLASS[split]] * 10
+    distinct = {image.tobytes() for digits in sample.values() for image in digits.images}
+    assert len(distinct) == 12_000
+    assert sum(path.stat().st_size for path in data.SAMPLE.rglob("*")) <= 4_000_000
+    assert "CC BY-SA 3.0" in (data.SAMPLE / "README.md").read_text(encoding="utf-8")
+
+
+def test_a_stratified_cut_keeps_order_and_class_counts(splits):
+    cut = stratified(splits["train"], 7)
+    assert np.bincount(cut.labels).tolist() == [7] * 10
+    positions = [
+        next(i for i, image in enumerate(splits["train"].images) if np.array_equal(image, chosen))
+        for chosen in cut.images
+    ]
+    assert positions == sorted(positions)
+    assert np.array_equal(splits["train"].labels[positions], cut.labels)
+
+
+def test_without_an_answer_the_sample_is_used_and_said_so(capsys, tmp_path):
+    chosen = data.obtain(tmp_path, download=unreachable)
+    assert len(chosen["train"].labels) == 10_000
+    out = capsys.readouterr().out
+    assert out.count("\n") == 1
+    assert "network gives no answer" in out
+    assert remains(tmp_path) == []
+
+
+# Download
+
+
+@pytest.fixture
+def serve():
+    """Return a function that serves {path: bytes} on the loopback interface, and its address."""
+    servers = []
+
+    def start(contents: dict[str, bytes]) -> str:
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self):
+                content = contents.get(self.path)
+                self.send_response(404 if content is None else 200)
+                self.send_header("Content-Length", str(len(content or b"")))
+                self.end_headers()
+                self.wfile.write(content or b"")
+
+            def log_message(self, *_):
+                pass
+
+        server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        servers.append(server)
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+        return f"http://127.0.0.1:{server.server_port}/"
+
+    yield start
+    for server in servers:
+        server.shutdown()
+        server.server_close()
+
+
+def zipped(files: dict[str, bytes]) -> dict[str, bytes]:
+    return {f"/{name}.gz": gzip.compress(content) for name, content in files.items()}
+
+
+def test_a_good_download_is_accepted(serve, files, sums, splits):
+    assert same(idx.from_network([serve(zipped(files))], sums), splits)
+
+
+def test_a_mirror_without_the_files_is_passed_over(serve, files, sums, splits):
+    assert same(idx.from_network([serve({}), serve(zipped(files))], sums), splits)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda raw: raw[: len(raw) // 2],
+        lambda raw: raw[:-12] + bytes([raw[-12] ^ 1]) + raw[-11:],
+        lambda raw: gzip.compress(gzip.decompress(raw)[:-1]),
+        lambda raw: b"<html>Please log in</html>",
+        lambda raw: b"",
+    ],
+    ids=["truncated", "flipped", "shorter", "captive portal", "empty"],
+)
+def test_a_corrupted_download_is_rejected(serve, files, sums, damage, tmp_path):
+    served = zipped(files)
+    served["/train-images-idx3-ubyte.gz"] = damage(served["/train-images-idx3-ubyte.gz"])
+    mirror = serve(served)
+    with pytest.raises(DataError, match=r"train-images-idx3-ubyte\.gz is damaged") as caught:
+        data.obtain(tmp_path, download=lambda: idx.from_network([mirror], sums))
+    assert not isinstance(caught.value, UnreachableError)
+    assert remains(tmp_path) == []
+
+
+def test_a_damaged_mirror_is_followed_by_the_next(serve, files, sums, splits):
+    bad = serve(dict.fromkeys(zipped(files), b"nothing of the kind"))
+    good = serve(zipped(files))
+    assert same(idx.from_network([bad, good], sums), splits)
+    assert same(idx.from_network([good, bad], sums), splits)
+
+
+def test_a_silent_network_is_given_up_within_seconds(sums):
+    with socket.create_server(("127.0.0.1", 0)) as silent:  # accepts, and never says a word
+        start = time.perf_counter()
+        with pytest.raises(UnreachableError):
+            idx.from_network([f"http://127.0.0.1:{silent.getsockname()[1]}/"], sums, patience=0.5)
+        assert time.perf_counter() - start < 3
+
+
+# Errors
+
+
+def command(*args: object, capsys: pytest.CaptureFixture[str]) -> tuple[int, str]:
+    status = train_mnist.main([str(arg) for arg in args])
+    return status, capsys.readouterr().err
+
+
+def is_one_sentence(text: str) -> bool:
+    return text.endswith(".\n") and text.count("\n") == 1 and "Traceback" not in text
+
+
+def flip_middle(path: Path) -> None:
+    raw = bytearray(path.read_bytes())
+    raw[len(raw) // 2] ^= 0x55
+    path.write_bytes(raw)
+
+
+def halve(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--colour", "red"], "Unrecognized options: --colour"),
+        (["--epochs", "many"], "--epochs"),
+        (["--epochs", "0"], "--epochs is 0"),
+        (["--batch-size", "20000", "--data-dir", str(data.SAMPLE)], "only 10000 training digits"),
+        (["--learning-rate", "nan"], "--learning-rate is nan"),
+        (["--seed", "-1"], "--seed is -1"),
+        (["--data-dir", __file__], "is no directory"),
+        (["--idx-dir", "/does/not/exist"], "/does/not/exist does not exist"),
+    ],
+)
+def test_wrong_flags_get_one_sentence(flags, message, capsys):
+    status, err = command(*flags, capsys=capsys)
+    assert status != 0
+    assert is_one_sentence(err)
+    assert message in err
+
+
+@pytest.mark.usefixtures("small")
+@pytest.mark.parametrize("damage", [halve, flip_middle, Path.unlink, lambda path: path.write_bytes(b"")])
+@pytest.mark.parametrize("name", ["train-images-idx3-ubyte.gz", "t10k-labels-idx1-ubyte.gz"])
+def test_damaged_idx_files_get_one_sentence(damage, name, idx_dir, tmp_path, capsys):
+    damage(idx_dir / name)
+    status, err = command("--idx-dir", idx_dir, "--data-dir", tmp_path / "data", capsys=capsys)
+    assert status == 1
+    assert is_one_sentence(err)
+    assert name in err
+    assert not (tmp_path / "data").exists()
+
+
+@pytest.mark.usefixtures("small")
+@pytest.mark.parametrize("damage", [halve, flip_middle, Path.unlink, lambda path: path.write_bytes(b"")])
+@pytest.mark.parametrize(
+    "name", ["mnist_idx-train.array_record-00000-of-00001", "dataset_info.json", "features.json"]
+)
+def test_damaged_prepared_data_get_one_sentence(damage, name, tmp_path, capsys):
+    shutil.copytree(data.directory(data.SAMPLE), data.directory(tmp_path))
+    path = data.directory(tmp_path) / name
+    if damage is flip_middle and path.suffix == ".json":
+        damage = halve  # one wrong letter of a description is no damage
+    damage(path)
+    status, err = command("--data-dir", tmp_path, capsys=capsys)
+    assert status == 1
+    assert is_one_sentence(err)
+    assert str(data.directory(tmp_path)) in err
+
+
+@pytest.mark.usefixtures("small")
+def test_a_full_disk_gets_one_sentence_and_leaves_nothing(idx_dir, tmp_path, capsys, monkeypatch):
+    class FullDiskWriter(data.GroupedWriter):
+        def write(self, path, examples):
+            Path(path).write_bytes(b"the first part")
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(data, "GroupedWriter", FullDiskWriter)
+    status, err = command("--idx-dir", idx_dir, "--data-dir", tmp_path / "data", capsys=capsys)
+    assert status == 1
+    assert is_one_sentence(err)
+    assert "No space left on device" in err
+    assert remains(tmp_path / "data") == []
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs /dev/full")
+def test_array_records_own_report_of_a_full_disk_is_caught(idx_dir, tmp_path, capsys, monkeypatch, small):
+    class FullDiskWriter(data.GroupedWriter):
+        def write(self, path, examples):
+            Path(path).symlink_to("/dev/full")
+            super().write(path, examples)
+
+    monkeypatch.setattr(data, "GroupedWriter", FullDiskWriter)
+    status, err = command("--idx-dir", idx_dir, "--data-dir", tmp_path / "data", capsys=capsys)
+    assert status == 1
+    assert is_one_sentence(err)
+    assert "cannot be written" in err
+    assert remains(tmp_path / "data") == []
+
+
+@pytest.mark.usefixtures("small")
+def test_a_directory_that_cannot_be_written_gets_one_sentence(idx_dir, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    status, err = command("--idx-dir", idx_dir, "--data-dir", tmp_path / "file" / "data", capsys=capsys)
+    assert status == 1
+    assert is_one_sentence(err)
+    assert "Not a directory" in err
+
+
+def test_killed_preparation_is_not_taken_for_whole(splits, tmp_path):
+    """Kill a process in the middle of writing, as `kill -9` does; the next run does not see its leavings."""
+    script = f"""
+import os
+from pathlib import Path
+import numpy as np
+from mnist import data, idx
+digits = idx.Digits(np.zeros((9, 28, 28, 1), np.uint8), np.zeros(9, np.uint8))
+class DyingWriter(data.GroupedWriter):
+    def write(self, path, examples):
+        super().write(path, examples)
+        os.kill(os.getpid(), 9)
+data.GroupedWriter = DyingWriter
+data.prepare(dict(train=digits, test=digits), Path({str(tmp_path)!r}))
+"""
+    dead = subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=False)
+    assert dead.returncode == -9
+    assert remains(tmp_path)  # so it did die in the middle
+    assert not data.directory(tmp_path).exists()
+    data.prepare(splits, tmp_path)
+    assert same(data.load(tmp_path), splits)
+
+
+def process(*flags: object, folder: Path) -> subprocess.CompletedProcess[str]:
+    """Run the command as its own process, where `import tensorflow` would end it."""
+    (folder / "tensorflow.py").write_text("raise SystemExit('TensorFlow was imported.')")
+    path = os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")])
+    return subprocess.run(
+        [sys.executable, ROOT / "train_mnist.py", *map(str, flags)],
+        env={**os.environ, "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_a_process_fails_with_one_sentence_and_a_status(tmp_path):
+    shutil.copytree(data.directory(data.SAMPLE), data.directory(tmp_path))
+    halve(data.directory(tmp_path) / "mnist_idx-test.array_record-00000-of-00001")
+    done = process("--data-dir", tmp_path, folder=tmp_path)
+    assert done.returncode == 1
+    assert done.stdout == ""
+    assert is_one_sentence(done.stderr)
+
+
+def test_a_process_trains_in_plain_lines_where_stdout_is_no_terminal(splits, tmp_path):
+    data.prepare(splits, tmp_path)
+    done = process("--data-dir", tmp_path, "--epochs", 2, "--batch-size", 20, folder=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    size, first, second, final = done.stdout.splitlines()
+    assert size == "200 training and 50 test digits"
+    assert first.startswith("epoch  1/2   loss ")
+    assert second.startswith("epoch  2/2   loss ")
+    assert re.fullmatch(r"final test accuracy \d+\.\d\d%   parameters [0-9a-f]{16}", final)
+
+
+# Training
+
+
+def tiny(seed: int, capsys: pytest.CaptureFixture[str]) -> tuple[training.Result, str]:
+    sample = data.load(data.SAMPLE)
+    few = {split: Digits(digits.images[::20], digits.labels[::20]) for split, digits in sample.items()}
+    result = training.train(Config(epochs=2, batch_size=25, seed=seed), few)
+    return result, capsys.readouterr().out
+
+
+def test_two_runs_with_one_seed_end_with_the_same_bits(capsys):
+    (first, out), (second, _) = tiny(3, capsys), tiny(3, capsys)
+    pairs = zip(jax.tree.leaves(first.params), jax.tree.leaves(second.params), strict=True)
+    assert all(np.asarray(a).tobytes() == np.asarray(b).tobytes() for a, b in pairs)
+    assert training.fingerprint(first.params) == training.fingerprint(second.params)
+    assert first.accuracy > 0.6
+    assert [line.split()[0] for line in out.splitlines()] == ["epoch", "epoch"]
+
+
+@pytest.mark.parametrize(("examples", "batch"), [(10_000, 128), (60_000, 128), (60_000, 1), (128, 128)])
+def test_an_epoch_is_cut_into_equal_dispatches_that_miss_little(examples, batch):
+    dispatches, steps, _ = training.plan(examples, batch)
+    assert steps <= training.LONGEST_DISPATCH
+    missed = examples - dispatches * steps * batch
+    assert 0 <= missed < (dispatches + 1) * batch
+
+
+def test_shifts_keep_every_pixel_within_the_margin():
+    images = np.zeros((64, 28, 28, 1), np.uint8)
+    images[:, 14, 14] = 255
+    moved = np.argwhere(np.asarray(training.shifted(jax.random.key(0), images)))
+    assert len(moved) == 64
+    assert {*moved[:, 1]} == {*moved[:, 2]} == set(range(14 - training.MARGIN, 15 + training.MARGIN))
