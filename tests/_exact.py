@@ -3,6 +3,8 @@
 Every function takes one row of logits, reads its floats as exact numbers and returns float64.
 """
 
+import functools
+
 import mpmath
 import numpy as np
 
@@ -13,7 +15,12 @@ TINY = np.finfo(np.float32).tiny
 
 
 def _probabilities(x):
-    powers = [mpmath.exp(mpmath.mpf(float(v))) for v in x]
+    return _cached_probabilities(np.float64(x).tobytes())
+
+
+@functools.lru_cache(maxsize=1000)
+def _cached_probabilities(data):
+    powers = [mpmath.exp(mpmath.mpf(v)) for v in np.frombuffer(data).tolist()]
     total = mpmath.fsum(powers)
     return [power / total for power in powers], mpmath.log(total)
 

@@ -64,6 +64,11 @@ def _entry_margins(logits):
     return np.where(logits == best, best - second, best - logits)
 
 
+@functools.cache
+def _exact_rows(classes, function):
+    return np.stack([getattr(_exact, function)(x) for x in _all_cases(classes)[0]])
+
+
 def _margins(logits, labels):
     return np.take_along_axis(_entry_margins(logits), labels[:, None], axis=-1)[:, 0]
 
@@ -138,8 +143,7 @@ def test_nll_of_log_softmax_gradient(classes, mode):
 def test_softmax_and_log_softmax(classes, function, mode):
     logits = _all_cases(classes)[0]
     got = np.asarray(mode(getattr(jaxent, function))(logits))
-    want = np.stack([getattr(_exact, function)(x) for x in logits])
-    _check_values(got, want, _entry_margins(logits))
+    _check_values(got, _exact_rows(classes, function), _entry_margins(logits))
 
 
 @MODES
@@ -284,9 +288,11 @@ def test_where():
 
 
 def test_weight():
-    logits, labels = _cases(3)
+    # Only up to 80: a weight above 1 can lift a flushed subnormal's true value back among the normal floats.
+    keep = np.repeat(MARGINS, len(OFFSETS) * len(KINDS)) <= 80
+    logits, labels = (a[keep] for a in _cases(3))
     weight = np.array([0.5, 2.0, 3.0], np.float32)
-    want, gradients = _exact_losses(3)
+    want, gradients = (a[keep] for a in _exact_losses(3))
     scale = np.float64(weight)[labels]
 
     def loss(x):
