@@ -56,7 +56,6 @@ LOSSES = [
     ({"weight": jnp.ones(3, complex)}, TypeError, ("weight", "complex64", "float")),
     ({"weight": jnp.ones(3, bool)}, TypeError, ("weight", "bool", "float")),
     ({"ignore_index": 1.0}, TypeError, ("ignore_index", "1.0")),
-    ({"ignore_index": True}, TypeError, ("ignore_index", "True")),
 ]
 MASKS = [
     ({"where": jnp.ones((2, 3))}, TypeError, ("where", "float32", "bool")),
@@ -113,20 +112,21 @@ def test_message(function, bad, error, parts, traced):
 @pytest.mark.parametrize(
     ("shape", "labels", "position", "value"),
     [
-        ((3, 4), [0, 4, 5], "1", "4"),
-        ((3, 4), [3, -100, -1], "2", "-1"),
-        ((3, 4), [-5, 9, 0], "0", "-5"),
-        ((4,), 7, "()", "7"),
-        ((2, 2, 4), [[0, 1], [2, 4]], "(1, 1)", "4"),
-        ((1, 4), [2**31 - 1], "0", "2147483647"),
+        ((3, 4), [0, 4, 5], "labels[1]", "4"),
+        ((3, 4), [3, -100, -1], "labels[2]", "-1"),
+        ((3, 4), [-5, 9, 0], "labels[0]", "-5"),
+        ((4,), 7, "labels", "7"),
+        ((2, 2, 4), [[0, 1], [2, 4]], "labels[1, 1]", "4"),
+        ((1, 4), [2**31 - 1], "labels[0]", "2147483647"),
     ],
 )
 def test_concrete_label_out_of_range(loss, shape, labels, position, value):
     with pytest.raises(ValueError, match="labels") as caught:
         loss(jnp.zeros(shape), jnp.array(labels))
     message = str(caught.value)
-    for part in (position, value, "4"):
-        assert re.search(rf"(?<![\w-]){re.escape(part)}(?!\w)", message), f"{part} is not in: {message}"
+    assert message.endswith(f"got {position} = {value}")
+    assert "[0, 4)" in message
+    assert "ignore_index=-100" in message
 
 
 def test_ignored_labels_are_in_range():
@@ -148,18 +148,14 @@ def test_concrete_labels_closed_over_by_a_jit():
 
 
 @pytest.mark.parametrize("bad", [3, -1, 2**31 - 1, -(2**31)])
-@pytest.mark.parametrize(
-    "options", [{}, {"label_smoothing": 0.1}, {"z_loss": 0.1}, {"ignore_index": None}], ids=str
-)
+@pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.1}, {"z_loss": 0.1}, {"ignore_index": None}], ids=str)
 def test_traced_label_out_of_range(bad, options):
     """NaN for that example alone, in the loss and in the gradient; never a class wrapped or clamped."""
     logits = jnp.array([[1.0, 2.0, 3.0], [3.0, 1.0, 2.0], [0.0, 0.0, 1.0]])
 
     @jax.jit
     def run(labels):
-        loss, pullback = jax.vjp(
-            lambda x: jaxent.cross_entropy(x, labels, reduction="none", **options), logits
-        )
+        loss, pullback = jax.vjp(lambda x: jaxent.cross_entropy(x, labels, reduction="none", **options), logits)
         return loss, *pullback(jnp.ones(3))
 
     loss, grad = run(jnp.array([0, bad, 2]))
@@ -208,11 +204,11 @@ def test_a_narrow_label_dtype_is_not_wrapped():
 @pytest.mark.parametrize("loss", [jaxent.cross_entropy, jaxent.nll])
 @pytest.mark.parametrize("reduction", ["none", "mean"])
 def test_checkify(loss, reduction):
-    """Under checkify a traced label out of range is an error, and good ones are none."""
+    """Under checkify's `index_checks` a traced label out of range is an error, and good ones are none."""
     checked = jax.jit(
         checkify.checkify(
             lambda labels: loss(LOGITS, labels, reduction=reduction),
-            errors=checkify.user_checks | checkify.nan_checks,
+            errors=checkify.index_checks,
         )
     )
     error, _ = checked(jnp.array([0, 3]))
@@ -228,7 +224,7 @@ def test_checkify(loss, reduction):
 def test_checkify_of_the_gradient():
     checked = checkify.checkify(
         jax.jit(jax.grad(lambda x, labels: jaxent.cross_entropy(x, labels))),
-        errors=checkify.user_checks | checkify.nan_checks,
+        errors=checkify.index_checks,
     )
     error, _ = checked(LOGITS, jnp.array([0, 3]))
     with pytest.raises(checkify.JaxRuntimeError):

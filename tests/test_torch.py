@@ -81,9 +81,7 @@ def draw_probabilities(shape, axis, dtype):
 @pytest.mark.parametrize(
     ("shape", "axis", "dtype", "options"),
     samples(
-        product(
-            reduction=REDUCTIONS, weighted=(False, True), ignore_index=IGNORE, label_smoothing=(0.0, 0.1)
-        ),
+        product(reduction=REDUCTIONS, weighted=(False, True), ignore_index=IGNORE, label_smoothing=(0.0, 0.1)),
         product(reduction=REDUCTIONS, weighted=(True,), ignore_index=(-100,), label_smoothing=(0.0, 0.1)),
     ),
 )
@@ -91,9 +89,7 @@ def test_cross_entropy_of_indices(shape, axis, dtype, options):
     options = dict(options)
     weight = draw_weight(options.pop("weighted"), shape, axis, dtype)
     labels = draw_labels(shape, axis, options["ignore_index"])
-    assert_matches_torch(
-        "cross_entropy", draw_logits(shape, dtype), labels, axis=axis, weight=weight, **options
-    )
+    assert_matches_torch("cross_entropy", draw_logits(shape, dtype), labels, axis=axis, weight=weight, **options)
 
 
 @pytest.mark.parametrize(
@@ -107,9 +103,7 @@ def test_cross_entropy_of_probabilities(shape, axis, dtype, options):
     options = dict(options)
     weight = draw_weight(options.pop("weighted"), shape, axis, dtype)
     labels = draw_probabilities(shape, axis, dtype)
-    assert_matches_torch(
-        "cross_entropy", draw_logits(shape, dtype), labels, axis=axis, weight=weight, **options
-    )
+    assert_matches_torch("cross_entropy", draw_logits(shape, dtype), labels, axis=axis, weight=weight, **options)
 
 
 @pytest.mark.parametrize(
@@ -159,9 +153,7 @@ def test_integer_labels_of_any_dtype(dtype, reduction):
     shape, axis = HOME
     labels = draw_labels(shape, axis, None if dtype.startswith("u") else -100, dtype)
     with x64(dtype):
-        assert_matches_torch(
-            "cross_entropy", draw_logits(shape, "float32"), labels, axis=axis, reduction=reduction
-        )
+        assert_matches_torch("cross_entropy", draw_logits(shape, "float32"), labels, axis=axis, reduction=reduction)
 
 
 @pytest.mark.parametrize("ignore_index", [255, 2])
@@ -175,11 +167,7 @@ def test_ignore_index_of_an_unsigned_label(ignore_index):
 def test_concrete_arguments(kind, reduction):
     """Called with concrete arrays and no jit around it."""
     logits, weight = draw_logits((3, 5), "float32"), draw_weight(True, (3, 5), -1, "float32")
-    labels = (
-        draw_probabilities((3, 5), -1, "float32")
-        if kind == "probabilities"
-        else draw_labels((3, 5), -1, -100)
-    )
+    labels = draw_probabilities((3, 5), -1, "float32") if kind == "probabilities" else draw_labels((3, 5), -1, -100)
     ours, theirs = (jaxent.nll, torch_nll) if kind == "nll" else (jaxent.cross_entropy, torch_cross_entropy)
     got = ours(jnp.asarray(logits), jnp.asarray(labels), weight=jnp.asarray(weight), reduction=reduction)
     expected = theirs(to_torch(logits), to_torch(labels), weight=to_torch(weight), reduction=reduction)
@@ -325,9 +313,7 @@ def test_where_deletes_classes(soft, options):
 
     def ours(x):
         masked = jnp.where(keep, x, jnp.nan)
-        return jaxent.cross_entropy(
-            masked, labels, where=jnp.asarray(keep), weight=jnp.asarray(weight), **options
-        )
+        return jaxent.cross_entropy(masked, labels, where=jnp.asarray(keep), weight=jnp.asarray(weight), **options)
 
     value, pullback = jax.vjp(ours, jnp.asarray(logits))
     (grad,) = pullback(jnp.ones_like(value))
@@ -344,9 +330,7 @@ def test_where_deletes_classes(soft, options):
 def test_where_deletes_classes_of(name):
     keep = np.array([True, False, True, True, False])
     logits, cotangent = draw_logits((3, 5), "float32"), draw_logits((5, 3), "float32").T
-    value, pullback = jax.vjp(
-        lambda x: getattr(jaxent, name)(x, where=jnp.asarray(keep)), jnp.asarray(logits)
-    )
+    value, pullback = jax.vjp(lambda x: getattr(jaxent, name)(x, where=jnp.asarray(keep)), jnp.asarray(logits))
     (grad,) = pullback(jnp.asarray(cotangent))
     x = to_torch(logits[:, keep]).requires_grad_()
     expected = getattr(functional, name)(x, -1)

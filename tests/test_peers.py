@@ -1,0 +1,114 @@
+"""Equal to optax and jax.nn where these offer the same thing: margins small enough that they are accurate too."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import jaxent
+
+EPS = np.finfo(np.float32).eps
+SHAPES = [((4,), -1), ((3, 5), -1), ((3, 5), 0), ((2, 3, 4), 1), ((2, 130), -1)]
+
+
+def draw(shape, seed=0):
+    return jnp.asarray(np.random.default_rng([seed, *shape]).standard_normal(shape), jnp.float32)
+
+
+def assert_same(ours, theirs, x, terms):
+    """Value, gradient and, forward over reverse, second derivative."""
+    cotangent = draw(jax.eval_shape(theirs, x).shape, seed=1)
+    tangent = draw(x.shape, seed=2)
+
+    def results(f):
+        def run(x):
+            value, pullback = jax.vjp(f, x)
+            return value, *pullback(cotangent)
+
+        return jax.jit(lambda x: jax.jvp(run, (x,), (tangent,)))(x)
+
+    for got, expected in zip(jax.tree.leaves(results(ours)), jax.tree.leaves(results(theirs)), strict=True):
+        # Sums of `terms` products, each no larger than this.
+        largest = (1 + jnp.abs(x).max()) * (1 + jnp.abs(cotangent).max()) * (1 + jnp.abs(tangent).max())
+        np.testing.assert_allclose(got, expected, rtol=0, atol=4 * terms * EPS * largest)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize(("shape", "axis"), SHAPES)
+@pytest.mark.parametrize("name", ["softmax", "log_softmax"])
+def test_jax_nn(name, shape, axis, masked):
+    where = jnp.asarray(np.arange(np.prod(shape)).reshape(shape) % 3 != 1) if masked else None
+
+    def run(module):
+        # jax.nn leaves the entries it masks out of the gradient by the same `where`.
+        return lambda x: jnp.where(True if where is None else where, getattr(module, name)(x, axis, where=where), 0.0)
+
+    assert_same(run(jaxent), run(jax.nn), draw(shape), shape[axis])
+
+
+@pytest.mark.parametrize("name", ["softmax", "log_softmax"])
+def test_jax_nn_masked_values(name):
+    where = jnp.array([[True, False, True], [False, True, True]])
+    got, expected = (getattr(module, name)(draw((2, 3)), where=where) for module in (jaxent, jax.nn))
+    np.testing.assert_array_equal(got[~where], expected[~where])
+
+
+@pytest.mark.parametrize(("shape", "axis"), SHAPES)
+def test_optax_integer_labels(shape, axis):
+    labels = jnp.asarray(np.random.default_rng(3).integers(0, shape[axis], np.delete(shape, axis)))
+    assert_same(
+        lambda x: jaxent.cross_entropy(x, labels, axis=axis, reduction="none"),
+        lambda x: optax.softmax_cross_entropy_with_integer_labels(x, labels, axis=axis),
+        draw(shape),
+        shape[axis],
+    )
+
+
+@pytest.mark.parametrize("where", [None, (True, False, True, True, False)], ids=["all", "masked"])
+@pytest.mark.parametrize("mass", [1.0, 0.5, 2.0])
+def test_optax_probabilities(mass, where):
+    """Targets that sum to `mass`."""
+    mask = None if where is None else jnp.broadcast_to(jnp.array(where), (3, 5))
+    labels = mass * jax.nn.softmax(draw((3, 5), seed=4), where=mask)
+    assert_same(
+        lambda x: jaxent.cross_entropy(x, labels, where=mask, reduction="none"),
+        lambda x: optax.softmax_cross_entropy(x, labels, where=mask),
+        draw((3, 5)),
+        5,
+    )
+
+
+@pytest.mark.parametrize("label_smoothing", [0.1, 1.0])
+def test_optax_smoothing(label_smoothing):
+    labels = jnp.array([0, 4, 2])
+    smooth = optax.smooth_labels(jax.nn.one_hot(labels, 5), label_smoothing)
+    assert_same(
+        lambda x: jaxent.cross_entropy(x, labels, label_smoothing=label_smoothing, reduction="none"),
+        lambda x: optax.softmax_cross_entropy(x, smooth),
+        draw((3, 5)),
+        5,
+    )
+
+
+def test_optax_ragged_batch():
+    """`ignore_index` is a weight of zero on the example."""
+    labels = jnp.array([0, -100, 2])
+    kept = labels != -100
+    assert_same(
+        jax.tree_util.Partial(jaxent.cross_entropy, labels=labels),
+        lambda x: optax.softmax_cross_entropy_with_integer_labels(x, labels * kept).mean(where=kept),
+        draw((3, 5)),
+        5,
+    )
+
+
+def test_the_pieces_of_the_whole():
+    """`cross_entropy` is `nll` after `log_softmax`."""
+    labels, weight = jnp.array([0, -100, 2]), jnp.array([1.0, 2.0, 0.5, 1.0, 3.0])
+    assert_same(
+        lambda x: jaxent.cross_entropy(x, labels, weight=weight, reduction="none"),
+        lambda x: jaxent.nll_loss(jaxent.log_softmax(x), labels, weight=weight, reduction="none"),
+        draw((3, 5)),
+        5,
+    )
