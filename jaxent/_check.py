@@ -71,9 +71,7 @@ def check_weight(weight: FloatArray | None, classes: int) -> None:
         return
     check_floating("weight", weight)
     if weight.shape != (classes,):
-        raise ValueError(
-            f"weight must have shape ({classes},), one entry per class, got shape {weight.shape}"
-        )
+        raise ValueError(f"weight must have shape ({classes},), one entry per class, got shape {weight.shape}")
 
 
 def check_smoothing(label_smoothing: float) -> float:
@@ -100,9 +98,7 @@ def check_ignore_index(ignore_index: int | None) -> int | None:
         raise TypeError(f"ignore_index must be an integer or None, got {ignore_index!r}") from None
 
 
-def check_labels(
-    name: str, shape: tuple[int, ...], labels: LabelArray, axis: int, ignore_index: int | None
-) -> bool:
+def check_labels(name: str, shape: tuple[int, ...], labels: LabelArray, axis: int, ignore_index: int | None) -> bool:
     """Check `labels` against scores called `name` of `shape`; True if they are class indices."""
     if not hasattr(labels, "dtype"):
         raise TypeError(f"labels must be a jax or numpy array, got {type(labels).__name__}")
@@ -113,9 +109,7 @@ def check_labels(
                 f"of {name}, got shape {labels.shape}"
             )
         if ignore_index is not None and ignore_index >= 0:
-            raise ValueError(
-                f"ignore_index must be None or negative with class probabilities, got {ignore_index}"
-            )
+            raise ValueError(f"ignore_index must be None or negative with class probabilities, got {ignore_index}")
         return False
     if not jnp.issubdtype(labels.dtype, jnp.integer):
         raise TypeError(
@@ -134,9 +128,7 @@ def check_labels(
 
 def _check_range(labels: LabelArray, classes: int, ignore_index: int | None) -> None:
     # Traced labels have no values yet, and a process cannot read what other hosts hold: both give NaN later.
-    if isinstance(labels, jax.core.Tracer) or (
-        isinstance(labels, jax.Array) and not labels.is_fully_addressable
-    ):
+    if isinstance(labels, jax.core.Tracer) or (isinstance(labels, jax.Array) and not labels.is_fully_addressable):
         return
     # numpy, not jnp: under an outer trace jnp would trace even a concrete array.
     values = np.asarray(labels)
@@ -150,6 +142,4 @@ def _check_range(labels: LabelArray, classes: int, ignore_index: int | None) -> 
     position = tuple(int(i) for i in np.argwhere(wrong)[0])
     place = f"labels[{', '.join(map(str, position))}]" if position else "labels"
     allowed = "" if ignore_index is None else f" or equal ignore_index={ignore_index}"
-    raise ValueError(
-        f"labels must lie in [0, {classes}){allowed}, got {place} = {cast(int, values[position])}"
-    )
+    raise ValueError(f"labels must lie in [0, {classes}){allowed}, got {place} = {cast(int, values[position])}")

@@ -149,9 +149,7 @@ def _cross_entropy(
     return reduce_weighted(loss, target, reduction, loss_of_all)
 
 
-def _uniform(
-    mass: float, x: Float[Array, "..."], keep: Bool[Array, "..."] | None, axis: int
-) -> Float[Array, "..."]:
+def _uniform(mass: float, x: Float[Array, "..."], keep: Bool[Array, "..."] | None, axis: int) -> Float[Array, "..."]:
     """`mass` spread evenly over the classes that are kept."""
     if keep is None:
         return jnp.full_like(x, mass / max(x.shape[axis], 1))
@@ -170,9 +168,7 @@ def _label_loss(x: Float[Array, "..."], y: Integer[Array, "..."], axis: int) -> 
 
 
 @_label_loss.defjvp
-def _label_loss_jvp(
-    axis: int, primals: tuple[Array, Array], tangents: tuple[Array, Array]
-) -> tuple[Array, Array]:
+def _label_loss_jvp(axis: int, primals: tuple[Array, Array], tangents: tuple[Array, Array]) -> tuple[Array, Array]:
     loss, gradient = _loss_and_gradient(*primals, axis)
     return loss, jnp.sum(gradient * tangents[0], axis)
 

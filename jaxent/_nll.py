@@ -170,7 +170,7 @@ def reduce_mean_of_all(loss: Float[Array, "..."], reduction: Reduction) -> Float
 def reduce_weighted(
     loss: Float[Array, "..."], target: Target, reduction: Reduction, extra: Float[Array, "..."] | None = None
 ) -> Float[Array, "..."]:
-    """Weigh, drop what is ignored, and reduce; the mean divides by the summed weights, and may be 0 / 0 = NaN.
+    """Weigh, drop what is ignored, and reduce; the mean divides by the summed weights, and is NaN if they are 0.
 
     `extra` is added per example after weighing.
     """
@@ -186,6 +186,7 @@ def reduce_weighted(
     if reduction == "sum":
         return total
     if target.weight is not None:
-        return total / jnp.sum(target.weight)
-    count = loss.size if target.counts is None else jnp.sum(target.counts)
-    return total / jnp.asarray(count, loss.dtype)
+        divisor = jnp.sum(target.weight)
+    else:
+        divisor = jnp.asarray(loss.size if target.counts is None else jnp.sum(target.counts), loss.dtype)
+    return total / jnp.where(divisor == 0.0, jnp.nan, divisor)

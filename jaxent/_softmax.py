@@ -95,9 +95,7 @@ def _check(logits: FloatArray, axis: int, where: BoolArray | None, dtype: DTypeL
 
 
 @partial(jax.jit, static_argnums=(2, 3))
-def _softmax(
-    logits: FloatArray, where: BoolArray | None, axis: int, dtype: DTypeLike | None
-) -> Float[Array, "..."]:
+def _softmax(logits: FloatArray, where: BoolArray | None, axis: int, dtype: DTypeLike | None) -> Float[Array, "..."]:
     x, out = _cast(logits, dtype)
     x, keep, _ = hide_classes(x, where, axis)
     p = softmax_core(x, axis)
@@ -161,7 +159,8 @@ def log_softmax_core(x: Float[Array, "..."], axis: int) -> Float[Array, "..."]:
     m = row_max(x, axis)
     largest = jnp.argmax(x, axis)
     others = sum_exp_except(x, m, largest, axis)
-    return (x - m) - jnp.expand_dims(log1p(others), axis)
+    log_sum = jnp.expand_dims(log1p(others), axis)
+    return (x - m) - jnp.where(m == jnp.inf, jnp.nan, log_sum)  # softmax is undefined beside +inf
 
 
 @log_softmax_core.defjvp
