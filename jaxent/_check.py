@@ -6,6 +6,7 @@ from typing import Literal, TypeAlias, cast
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jax.typing import DTypeLike
 from jaxtyping import Bool, Float, Inexact, Integer, Shaped
 
@@ -128,7 +129,7 @@ def check_labels(name: str, shape: tuple[int, ...], labels: LabelArray, axis: in
 
 def _check_range(labels: LabelArray, classes: int, ignore_index: int | None) -> None:
     # Traced labels have no values yet, and a process cannot read what other hosts hold: both give NaN later.
-    if isinstance(labels, jax.core.Tracer) or (isinstance(labels, jax.Array) and not labels.is_fully_addressable):
+    if isinstance(labels, Tracer) or (isinstance(labels, jax.Array) and not labels.is_fully_addressable):
         return
     # numpy, not jnp: under an outer trace jnp would trace even a concrete array.
     values = np.asarray(labels)

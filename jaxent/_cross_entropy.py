@@ -23,6 +23,7 @@ from ._check import (
 )
 from ._nll import expected_nll, read_labels, reduce_mean_of_all, reduce_weighted, scale_classes, take_class
 from ._softmax import (
+    centred_tangent,
     hide_classes,
     log1p,
     log_softmax_core,
@@ -139,7 +140,7 @@ def _cross_entropy(
         return reduce_mean_of_all(loss if empty is None else jnp.where(empty, jnp.inf, loss), reduction)
 
     target = read_labels(labels, x.shape[axis], weight, ignore_index, x.dtype)
-    loss = _label_loss(x, target.index, axis)
+    loss = _label_loss(x, target.label, axis)
     if uniform is not None:
         loss = (1.0 - label_smoothing) * loss
         smooth = expected_nll(log_softmax_core(x, axis), scale_classes(uniform, weight, axis), axis)
@@ -190,7 +191,8 @@ def _loss_and_gradient_jvp(
 ) -> tuple[tuple[Array, Array], tuple[Array, Array]]:
     loss, gradient = _loss_and_gradient(*primals, axis)
     # The one-hot label is constant, so the gradient moves as softmax does.
-    _, dp = jax.jvp(lambda x: softmax_core(x, axis), primals[:1], tangents[:1])
+    p = softmax_core(primals[0], axis)
+    dp = p * centred_tangent(p, tangents[0], axis)
     return (loss, gradient), (jnp.sum(gradient * tangents[0], axis), dp)
 
 

@@ -88,13 +88,13 @@ def _nll(
         loss = expected_nll(log_p, scale_classes(jnp.asarray(labels, log_p.dtype), weight, axis), axis)
         return reduce_mean_of_all(loss, reduction)
     target = read_labels(labels, log_p.shape[axis], weight, ignore_index, log_p.dtype)
-    return reduce_weighted(-_pick(log_p, target.index, axis), target, reduction)
+    return reduce_weighted(-_pick(log_p, target.label, axis), target, reduction)
 
 
 class Target(NamedTuple):
     """What labels say about each example."""
 
-    index: Integer[Array, "..."]  # at least 0, and 0 for an ignored example; too large if out of range
+    label: Integer[Array, "..."]  # at least 0, and 0 for an ignored example; too large if out of range
     counts: Bool[Array, "..."] | None  # None if every example counts
     weight: Float[Array, "..."] | None  # the weight of each example's class
 

@@ -148,7 +148,7 @@ def softmax_core(x: Float[Array, "..."], axis: int) -> Float[Array, "..."]:
 @softmax_core.defjvp
 def _softmax_jvp(axis: int, primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
     p = softmax_core(primals[0], axis)
-    return p, p * _centred_tangent(p, tangents[0], axis)
+    return p, p * centred_tangent(p, tangents[0], axis)
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(1,))
@@ -166,7 +166,7 @@ def log_softmax_core(x: Float[Array, "..."], axis: int) -> Float[Array, "..."]:
 @log_softmax_core.defjvp
 def _log_softmax_jvp(axis: int, primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
     p = softmax_core(primals[0], axis)
-    return log_softmax_core(primals[0], axis), _centred_tangent(p, tangents[0], axis)
+    return log_softmax_core(primals[0], axis), centred_tangent(p, tangents[0], axis)
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(1,))
@@ -182,7 +182,7 @@ def _logsumexp_jvp(axis: int, primals: tuple[Array], tangents: tuple[Array]) -> 
     return logsumexp_core(primals[0], axis), jnp.sum(p * tangents[0], axis)
 
 
-def _centred_tangent(p: Float[Array, "..."], t: Float[Array, "..."], axis: int) -> Float[Array, "..."]:
+def centred_tangent(p: Float[Array, "..."], t: Float[Array, "..."], axis: int) -> Float[Array, "..."]:
     """`t - sum(p * t)`, which is the tangent of log_softmax.
 
     If one class holds more than half of the probability, tangents are first taken relative to its own. That class
