@@ -72,9 +72,7 @@ class MnistIdx(tfds.core.GeneratorBasedBuilder):
             yield key, {"image": image, "label": int(label)}
 
 
-def obtain(
-    data_dir: Path, idx_dir: Path | None = None, download: Callable[[], Splits] = from_network
-) -> Splits:
+def obtain(data_dir: Path, idx_dir: Path | None = None, download: Callable[[], Splits] = from_network) -> Splits:
     """Return MNIST: from `idx_dir` if given, else as prepared, else downloaded, else the carried sample."""
     if idx_dir is not None:
         return keep(from_folder(idx_dir), data_dir)
@@ -96,6 +94,7 @@ def obtain(
 def keep(splits: Splits, data_dir: Path) -> Splits:
     """Prepare the data set for the next run unless it is prepared already."""
     if not directory(data_dir).exists():
+        print(f"Preparing the data set under {data_dir}", flush=True)
         prepare(splits, data_dir)
     return splits
 
@@ -115,7 +114,8 @@ def prepare(splits: Splits, data_dir: Path) -> None:
             if not same(splits, load(Path(staging))):
                 raise DataError(f"What was written under {data_dir} reads back differently.")
             directory(data_dir).parent.mkdir(exist_ok=True)
-            directory(Path(staging)).rename(directory(data_dir))
+            if not directory(data_dir).exists():  # as it does if another process was faster
+                directory(Path(staging)).rename(directory(data_dir))
     except (OSError, RuntimeError) as error:  # array_record raises RuntimeError, on a full disk say
         raise DataError(f"The data set cannot be written under {data_dir}: {sentence(error)}.") from error
 

@@ -70,11 +70,13 @@ def from_network(
     mirrors: Sequence[str] = MIRRORS, sha256: Mapping[str, str] = SHA256, patience: float = 4.0
 ) -> Splits:
     """Download the four files into memory from the first mirror that answers within `patience` seconds."""
-    reachable = answering(mirrors, f"{list(sha256)[-1]}.gz", patience)
     failure: DataError = UnreachableError("The network gives no answer.")
-    for mirror in reachable:
+    for mirror in answering(mirrors, f"{list(sha256)[-1]}.gz", patience):
+        print(f"Downloading MNIST from {mirror}", flush=True)
         try:
             return decode(lambda name, mirror=mirror: fetch(f"{mirror}{name}.gz", sha256[name]))
+        except UnreachableError:
+            continue
         except DataError as error:
             failure = error
     raise failure
