@@ -25,7 +25,7 @@ from ._nll import expected_nll, read_labels, reduce_mean_of_all, reduce_weighted
 from ._softmax import (
     centred_tangent,
     hide_classes,
-    log1p,
+    log_near_one,
     log_softmax_core,
     logsumexp_core,
     one_hot,
@@ -180,9 +180,10 @@ def _loss_and_gradient(
 ) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
     """`-log p_y` and its derivative `p - one_hot(y)`."""
     loss, m, others, total = _loss_and_parts(x, y, axis)
+    label = one_hot(y, x.shape, axis)
+    e = jnp.where(label, 0.0, jnp.exp(x - m))  # what a short sum has written out already
     inverse = 1.0 / total
-    p = jnp.exp(x - m) * jnp.expand_dims(inverse, axis)
-    return loss, jnp.where(one_hot(y, x.shape, axis), -jnp.expand_dims(others * inverse, axis), p)
+    return loss, jnp.where(label, -jnp.expand_dims(others * inverse, axis), e * jnp.expand_dims(inverse, axis))
 
 
 @_loss_and_gradient.defjvp
@@ -204,4 +205,4 @@ def _loss_and_parts(
     d = take_class(x, y, axis) - jnp.squeeze(m, axis)
     others = sum_exp_except(x, m, y, axis)
     total = others + jnp.exp(d)
-    return jnp.where(d == 0.0, log1p(others), jnp.log(total) - d), m, others, total
+    return jnp.where(d == 0.0, log_near_one(total, others), jnp.log(total) - d), m, others, total

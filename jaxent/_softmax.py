@@ -159,7 +159,7 @@ def log_softmax_core(x: Float[Array, "..."], axis: int) -> Float[Array, "..."]:
     m = row_max(x, axis)
     largest = jnp.argmax(x, axis)
     others = sum_exp_except(x, m, largest, axis)
-    log_sum = jnp.expand_dims(log1p(others), axis)
+    log_sum = jnp.expand_dims(log_near_one(jax.lax.optimization_barrier(1.0 + others), others), axis)
     return (x - m) - jnp.where(m == jnp.inf, jnp.nan, log_sum)  # softmax is undefined beside +inf
 
 
@@ -200,11 +200,13 @@ def row_max(x: Float[Array, "..."], axis: int) -> Float[Array, "..."]:
     return jnp.max(x, axis, keepdims=True, initial=-jnp.inf)
 
 
-def log1p(x: Float[Array, "..."]) -> Float[Array, "..."]:
-    """`log(1 + x)` for finite x >= 0 (Kahan's form: XLA's own log1p is a slow library call on CPUs)."""
-    total = jax.lax.optimization_barrier(1.0 + x)  # or XLA simplifies (1 + x) - 1 to x
+def log_near_one(total: Float[Array, "..."], excess: Float[Array, "..."]) -> Float[Array, "..."]:
+    """`log1p(excess)`, given `total = 1 + excess` as rounded; Kahan's form (XLA's log1p is a slow call on CPUs).
+
+    The caller must not let XLA see that `total` is `1 + excess`, or it simplifies `total - 1` to `excess`.
+    """
     exact = total == 1.0
-    return jnp.where(exact, x, jnp.log(total) * (x / jnp.where(exact, 1.0, total - 1.0)))
+    return jnp.where(exact, excess, jnp.log(total) * (excess / jnp.where(exact, 1.0, total - 1.0)))
 
 
 def one_hot(index: Integer[Array, "..."], shape: tuple[int, ...], axis: int) -> Bool[Array, "..."]:
