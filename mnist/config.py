@@ -17,7 +17,7 @@ class Config:
     """Where TensorFlow Datasets keeps prepared data; MNIST is prepared here unless it is there already."""
     idx_dir: Path | None = None
     """A folder with the four official IDX files, gzip-compressed or not, to use instead of the network."""
-    epochs: int = 12
+    epochs: int = 10
     """How often every training digit is seen."""
     batch_size: int = 128
     """How many digits make one step of the optimiser."""
