@@ -1,0 +1,296 @@
+"""Every function under every JAX transform, alone and nested; derivatives against finite differences."""
+
+import itertools
+from functools import partial
+
+import _exact
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import export, lax
+from jax.test_util import check_grads
+
+import jaxent
+
+N, C = 4, 5
+_RNG = np.random.default_rng(0)
+LOGITS = _RNG.normal(size=(N, C)) * 2
+LABELS = np.array([0, 3, 4, 1], np.int32)
+IGNORED = np.array([0, -100, 4, 1], np.int32)
+WEIGHT = _RNG.uniform(0.5, 2.0, C)
+TARGETS = _RNG.dirichlet(np.ones(C), N)
+MASK = np.array([[1, 1, 0, 1, 1], [1, 0, 0, 1, 1], [1, 1, 1, 1, 1], [1, 1, 1, 0, 1]], bool)
+COTANGENT = _RNG.normal(size=(N, C))
+
+
+def _seen(log_probs):
+    """Without the -inf of masked classes, which no finite difference survives."""
+    return jnp.where(jnp.isfinite(log_probs), log_probs, 0)
+
+
+# name -> function of the logits in float32 or float64; every option of every function appears.
+CASES = {
+    "softmax": lambda x: jaxent.softmax(x),
+    "softmax of axis 0": lambda x: jaxent.softmax(x, axis=0),
+    "softmax where": lambda x: jaxent.softmax(x, where=MASK),
+    "log_softmax": lambda x: jaxent.log_softmax(x),
+    "log_softmax of axis 0": lambda x: jaxent.log_softmax(x, axis=0),
+    "log_softmax where": lambda x: _seen(jaxent.log_softmax(x, where=MASK)),
+    "nll": lambda x: jaxent.nll(x, LABELS),
+    "nll of log_softmax": lambda x: jaxent.nll(jaxent.log_softmax(x), LABELS),
+    "nll weight ignore_index": lambda x: jaxent.nll(jaxent.log_softmax(x), IGNORED, weight=WEIGHT.astype(x.dtype)),
+    "cross_entropy": lambda x: jaxent.cross_entropy(x, LABELS),
+    "cross_entropy none": lambda x: jaxent.cross_entropy(x, LABELS, reduction="none"),
+    "cross_entropy sum": lambda x: jaxent.cross_entropy(x, LABELS, reduction="sum"),
+    "cross_entropy axis 0": lambda x: jaxent.cross_entropy(x.T, LABELS, axis=0),
+    "cross_entropy ignore_index": lambda x: jaxent.cross_entropy(x, IGNORED),
+    "cross_entropy weight": lambda x: jaxent.cross_entropy(x, LABELS, weight=WEIGHT.astype(x.dtype)),
+    "cross_entropy label_smoothing": lambda x: jaxent.cross_entropy(x, LABELS, label_smoothing=0.1),
+    "cross_entropy z_loss": lambda x: jaxent.cross_entropy(x, LABELS, z_loss=0.01),
+    "cross_entropy where": lambda x: jaxent.cross_entropy(x, LABELS, where=MASK),
+    "cross_entropy probabilities": lambda x: jaxent.cross_entropy(x, TARGETS.astype(x.dtype)),
+    "cross_entropy probabilities with all": lambda x: jaxent.cross_entropy(
+        x, TARGETS.astype(x.dtype), weight=WEIGHT.astype(x.dtype), label_smoothing=0.2, z_loss=0.1
+    ),
+    "cross_entropy with all": lambda x: jaxent.cross_entropy(
+        x,
+        IGNORED,
+        where=MASK,
+        weight=WEIGHT.astype(x.dtype),
+        label_smoothing=0.2,
+        z_loss=0.1,
+    ),
+}
+FUNCTIONS = pytest.mark.parametrize("f", CASES.values(), ids=CASES.keys())
+
+
+def _close(got, want, rtol=2e-6):
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=rtol, atol=rtol), got, want)
+
+
+@pytest.fixture
+def x():
+    return jnp.asarray(LOGITS, jnp.float32)
+
+
+@FUNCTIONS
+@pytest.mark.parametrize("mode", ["fwd", "rev"])
+def test_check_grads_to_second_order(f, mode):
+    with jax.enable_x64(True):
+        check_grads(f, (jnp.asarray(LOGITS),), order=2, modes=(mode,))
+
+
+def test_check_grads_of_probability_targets():
+    with jax.enable_x64(True):
+        f = partial(jaxent.cross_entropy, weight=WEIGHT, label_smoothing=0.1)
+        check_grads(f, (jnp.asarray(LOGITS), jnp.asarray(TARGETS)), order=2, modes=("fwd", "rev"))
+
+
+def test_check_grads_of_class_weights():
+    with jax.enable_x64(True):
+        x, w = jnp.asarray(LOGITS), jnp.asarray(WEIGHT)
+        check_grads(lambda x, w: jaxent.cross_entropy(x, IGNORED, weight=w), (x, w), 2, ("fwd", "rev"))
+        check_grads(lambda x, w: jaxent.nll(x, LABELS, weight=w), (x, w), 2, ("fwd", "rev"))
+
+
+@FUNCTIONS
+def test_jit_and_nested_jit(f, x):
+    want = f(x)
+    _close(jax.jit(f)(x), want)
+    _close(jax.jit(lambda x: jax.jit(f)(x * 1.0))(x), want)
+
+
+@FUNCTIONS
+def test_forward_and_reverse_agree(f, x):
+    reverse = jax.jacrev(f)(x)
+    _close(jax.jacfwd(f)(x), reverse)
+    _close(jax.jit(jax.jacfwd(f))(x), reverse)
+    tangent = jnp.asarray(COTANGENT, x.dtype)
+    _, pushed = jax.jvp(f, (x,), (tangent,))
+    _close(pushed, jnp.tensordot(reverse, tangent, axes=2), rtol=1e-5)
+    linear_out, linear = jax.linearize(f, x)
+    _close(linear_out, f(x))
+    _close(linear(tangent), pushed, rtol=1e-5)
+
+
+@FUNCTIONS
+def test_hessians_agree_in_every_mode(f, x):
+    modes = (jax.jacfwd, jax.jacrev)
+    want = jax.hessian(f)(x)
+    for outer, inner in itertools.product(modes, modes):
+        _close(jax.jit(outer(inner(f)))(x), want, rtol=1e-5)
+
+
+@FUNCTIONS
+def test_vmap(f, x):
+    stack = jnp.stack([x, 2 * x, -x])
+    want = jnp.stack([f(row) for row in stack])
+    _close(jax.vmap(f)(stack), want)
+    for axis in (1, 2):
+        _close(jax.vmap(f, in_axes=axis)(jnp.moveaxis(stack, 0, axis)), want)
+    _close(jnp.moveaxis(jax.vmap(f, out_axes=-1)(stack), -1, 0), want)
+    nested = jnp.stack([stack, stack + 1])
+    _close(jax.vmap(jax.vmap(f))(nested)[1], jnp.stack([f(row) for row in stack + 1]))
+    _close(
+        jax.vmap(jax.vmap(f, 1, 1), 0, 0)(jnp.moveaxis(nested, 1, 2)),
+        jnp.moveaxis(jax.vmap(jax.vmap(f))(nested), 1, 1),
+    )
+    _close(jax.vmap(jax.jacrev(f))(stack), jnp.stack([jax.jacrev(f)(row) for row in stack]), rtol=1e-5)
+    _close(jax.jacrev(jax.vmap(f))(stack[:1])[0, ..., 0, :, :], jax.jacrev(f)(stack[0]), rtol=1e-5)
+
+
+def test_vmap_of_logits_and_labels(x):
+    want = jaxent.cross_entropy(x, LABELS, reduction="none")
+    _close(jax.vmap(jaxent.cross_entropy)(x, jnp.asarray(LABELS)), want)
+    _close(jax.vmap(jaxent.cross_entropy, in_axes=(1, 0))(x.T, jnp.asarray(LABELS)), want)
+    _close(jax.vmap(jaxent.cross_entropy, in_axes=(None, 0))(x[0], jnp.arange(C)), -jaxent.log_softmax(x[0]))
+    _close(
+        jax.vmap(lambda x, y: jaxent.nll(x, y), in_axes=(1, 0))(x.T, jnp.asarray(LABELS)),
+        jaxent.nll(x, LABELS, reduction="none"),
+    )
+    weights = jnp.stack([jnp.ones(C), jnp.arange(1.0, C + 1)])
+    got = jax.vmap(lambda w: jaxent.cross_entropy(x, LABELS, weight=w))(weights)
+    _close(got, jnp.stack([jaxent.cross_entropy(x, LABELS, weight=w) for w in weights]))
+
+
+def test_vmap_of_traced_bad_labels_spoils_one_example_only(x):
+    labels = jnp.array([0, C, 4, 1])
+    loss, gradient = jax.vmap(jax.value_and_grad(jaxent.cross_entropy))(x, labels)
+    assert np.array_equal(np.isnan(loss), [False, True, False, False])
+    assert np.array_equal(np.isnan(gradient).all(-1), [False, True, False, False])
+    assert np.array_equal(np.isnan(gradient).any(-1), [False, True, False, False])
+
+
+@FUNCTIONS
+def test_checkpoint(f, x):
+    def loss(x):
+        return jnp.sum(jnp.sin(f(x * x)))
+
+    _close(jax.grad(jax.checkpoint(loss))(x), jax.grad(loss)(x), rtol=1e-5)
+    _close(jax.jit(jax.grad(jax.checkpoint(f_sum := lambda x: f(x).sum())))(x), jax.grad(f_sum)(x), rtol=1e-5)
+
+
+@FUNCTIONS
+def test_scan(f, x):
+    def body(total, scale):
+        value = jnp.sum(f(x * scale))
+        return total + value, value
+
+    scales = jnp.array([0.5, 1.0, 1.5])
+    values = jnp.stack([jnp.sum(f(x * s)) for s in scales])
+    got, each = lax.scan(body, jnp.zeros(()), scales)
+    _close(each, values)
+    _close(got, values.sum(), rtol=1e-5)
+
+    def scanned(x):
+        return lax.scan(lambda c, s: (c + jnp.sum(f(x * s)), None), jnp.zeros(()), scales)[0]
+
+    want = jax.grad(lambda x: sum(jnp.sum(f(x * s)) for s in scales))(x)
+    _close(jax.grad(scanned)(x), want, rtol=1e-5)
+    _close(jax.jacfwd(scanned)(x), want, rtol=1e-5)
+
+
+def test_scan_over_labels(x):
+    def body(total, example):
+        return total + jaxent.cross_entropy(*example), None
+
+    total, _ = lax.scan(body, jnp.zeros(()), (x, jnp.asarray(LABELS)))
+    _close(total, jaxent.cross_entropy(x, LABELS, reduction="sum"))
+
+
+def test_other_control_flow(x):
+    want = jaxent.cross_entropy(x, LABELS)
+    _close(lax.cond(True, lambda x: jaxent.cross_entropy(x, LABELS), jnp.sum, x), want)
+    _close(lax.fori_loop(0, 3, lambda _, t: t + jaxent.cross_entropy(x, LABELS), jnp.zeros(())), 3 * want)
+    got = lax.map(lambda e: jaxent.cross_entropy(*e), (x, jnp.asarray(LABELS)))
+    _close(got, jaxent.cross_entropy(x, LABELS, reduction="none"))
+    batches = lax.map(lambda e: jaxent.cross_entropy(*e), (x, jnp.asarray(LABELS)), batch_size=2)
+    _close(batches, got)
+
+
+def test_user_jits(x):
+    # Labels as an argument, as a closed-over constant and with static options; donated logits; a jit inside grad.
+    want, gradient = jax.value_and_grad(jaxent.cross_entropy)(x, jnp.asarray(LABELS))
+    labels = jnp.asarray(LABELS)
+    closed = jax.jit(lambda x: jaxent.cross_entropy(x, labels))
+    static = jax.jit(jaxent.cross_entropy, static_argnames=("axis", "reduction", "ignore_index"))
+    _close(closed(x), want)
+    _close(static(x, labels, axis=-1, reduction="mean", ignore_index=None), want)
+    _close(jax.jit(jax.value_and_grad(closed))(x), (want, gradient))
+    _close(jax.grad(jax.jit(closed))(x), gradient)
+    _close(jax.jit(jaxent.cross_entropy).lower(x, labels).compile()(x, labels), want)
+    _close(jax.eval_shape(jaxent.cross_entropy, x, labels).shape, want.shape)
+
+
+@pytest.mark.parametrize("scale", [1e-3, 3.0, 1e10, 1e30])
+def test_jit_with_a_product_before(scale):
+    # XLA may contract x * scale - max(x * scale) to one fma, whose result at the maximum is a rounding error of
+    # the product, not 0: beyond 2**31 its exp overflows.
+    x = jnp.asarray(_RNG.normal(size=(64, 32)), jnp.float32)
+    labels = jnp.asarray(_RNG.integers(0, 32, 64))
+
+    def loss(x):
+        return jaxent.cross_entropy(x * (scale / 3), labels)
+
+    value, gradient = jax.jit(jax.value_and_grad(loss))(x)
+    assert np.isfinite(value)
+    assert np.all(np.isfinite(gradient))
+    assert np.all(np.isfinite(jax.jit(lambda x: jaxent.softmax(x * (scale / 3)))(x)))
+    assert np.all(np.isfinite(jax.jit(lambda x: jaxent.log_softmax(x * (scale / 3)))(x)))
+
+
+def test_third_derivatives():
+    # Directly against exact arithmetic, at a margin where 1 - p is far below the float's resolution of p.
+    for logits in ([20.0, 0.0, 1.0], [0.3, -1.0, 2.0]):
+        x = np.array(logits, np.float32)
+        want = _exact.third_derivative(x)
+        for label in range(3):
+            for modes in itertools.product((jax.jacfwd, jax.jacrev), repeat=3):
+                f = partial(jaxent.cross_entropy, labels=jnp.array(label))
+                for mode in modes:
+                    f = mode(f)
+                assert _exact.relative_error(f(jnp.asarray(x)), want) <= 1e-4, (logits, label, modes)
+
+
+@FUNCTIONS
+def test_third_derivatives_by_finite_differences(f):
+    with jax.enable_x64(True):
+        x, direction = jnp.asarray(LOGITS), jnp.asarray(COTANGENT)
+        second = jax.hessian(lambda x: jnp.sum(jnp.sin(f(x))))
+        _, got = jax.jvp(second, (x,), (direction,))
+        step = 1e-5
+        want = (second(x + step * direction) - second(x - step * direction)) / (2 * step)
+        np.testing.assert_allclose(got, want, rtol=1e-6, atol=1e-7)
+
+
+@FUNCTIONS
+@pytest.mark.parametrize("platform", ["cpu", "cuda", "tpu"])
+def test_export(f, platform, x):
+    shape = jax.ShapeDtypeStruct(x.shape, x.dtype)
+    for function in (f, jax.value_and_grad(lambda x: jnp.sum(f(x)))):
+        exported = export.export(jax.jit(function), platforms=[platform])(shape)
+        assert exported.platforms == (platform,)
+        reread = export.deserialize(exported.serialize())
+        if platform == "cpu":
+            _close(reread.call(x), function(x), rtol=1e-5)
+
+
+def test_export_for_all_platforms_and_any_batch_size(x):
+    batch = export.symbolic_shape("b, 5")
+    shapes = jax.ShapeDtypeStruct(batch, x.dtype), jax.ShapeDtypeStruct(batch[:1], np.int32)
+    exported = export.export(jax.jit(jax.value_and_grad(jaxent.cross_entropy)), platforms=["cpu", "cuda", "tpu"])(
+        *shapes
+    )
+    for n in (1, N):
+        got = exported.call(x[:n], jnp.asarray(LABELS[:n]))
+        _close(got, jax.value_and_grad(jaxent.cross_entropy)(x[:n], jnp.asarray(LABELS[:n])))
+
+
+@pytest.mark.parametrize("platform", ["cuda", "tpu"])
+@pytest.mark.parametrize("classes", [1000, 32_000, 128_256])
+def test_export_of_large_vocabularies(platform, classes):
+    # These take other code paths than a handful of classes.
+    shapes = jax.ShapeDtypeStruct((8, classes), jnp.bfloat16), jax.ShapeDtypeStruct((8,), np.int32)
+    function = jax.jit(jax.value_and_grad(jaxent.cross_entropy))
+    assert export.export(function, platforms=[platform])(*shapes).platforms == (platform,)
