@@ -51,15 +51,15 @@ def train(config: Config, splits: Splits) -> Result:
     model, params = nnx.split(Cnn(nnx.Rngs(config.seed)))
     state = State(params, optimizer.init(params), jnp.zeros((), jnp.int32))
     run = make_run(model, optimizer)
-    key = jax.random.key(config.seed)
+    order_key, step_key = jax.random.split(jax.random.key(config.seed))
     start = time.perf_counter()
     accuracy = 0.0
     with progress_bar() as bar:
         task = bar.add_task("training", total=total_steps)
         for epoch in range(1, config.epochs + 1):
             losses: list[float] = []
-            for indices in shuffled(jax.random.fold_in(key, epoch), len(images), shape):
-                state, loss = run(state, images, labels, indices, key)
+            for indices in shuffled(jax.random.fold_in(order_key, epoch), len(images), shape):
+                state, loss = run(state, images, labels, indices, step_key)
                 losses.append(float(loss))
                 bar.advance(task, steps)
             accuracy = evaluate(model, state.params, test_images, test_labels)
