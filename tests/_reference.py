@@ -73,7 +73,7 @@ def torch_value_and_grads(name, scores, labels, weight, cotangent, options):
     soft = labels.is_floating_point()
     if soft:
         scores = scores.clamp(min=_LOWEST)
-    inputs = [scores.requires_grad_()] + [labels.requires_grad_()] * soft
+    inputs = [x.requires_grad_() for x in ((scores, labels) if soft else (scores,))]
     options = dict(options) | ({} if weight is None else {"weight": to_torch(weight)})
     value = TORCH[name](scores, labels, **options)
     return value, torch.autograd.grad(value, inputs, to_torch(cotangent))
