@@ -271,9 +271,7 @@ def test_any_class_axis(axis):
 def test_where():
     # Masking out the leader, 80 above the rest, must leave exactly the row without it.
     logits, labels = _cases(3)
-    widened = np.concatenate(
-        [logits[:, :1], np.max(logits, axis=-1, keepdims=True) + 80, logits[:, 1:]], axis=-1
-    )
+    widened = np.concatenate([logits[:, :1], np.max(logits, axis=-1, keepdims=True) + 80, logits[:, 1:]], axis=-1)
     moved = np.where(labels > 0, labels + 1, labels)
     where = np.array([True, False, True, True])
 
@@ -339,3 +337,17 @@ def test_float64():
     assert _exact.relative_error(got, losses) <= 1e-13
     assert _exact.relative_error(grads, gradients) <= 1e-13
     assert _exact.relative_error(composed, gradients) <= 1e-12
+
+
+@pytest.mark.parametrize("loss", [_losses, _composed], ids=["cross_entropy", "nll(log_softmax)"])
+def test_logits_scaled_in_the_same_jit(loss):
+    # A compiler that fuses the caller's product may contract `x * scale - max` to one fma: at the maximum that is
+    # the product's rounding error instead of 0, and swamps the loss of a dominant label.
+    rng, scale = np.random.default_rng(5), np.float32(3.3)
+    x = rng.uniform(0, 1, (64, 10)).astype(np.float32)
+    x[:, 0] += 12
+    labels = np.zeros(64, np.int32)
+    want, gradients = map(np.stack, zip(*map(_exact.loss_and_gradient, x * scale, labels), strict=True))
+    got, pull = jax.jit(lambda x: jax.vjp(lambda x: loss(x * scale, labels), x))(x)
+    assert _exact.relative_error(got, want) <= 1e-5
+    assert _exact.relative_error(pull(jnp.ones(64))[0], gradients * np.float64(scale)) <= 1e-4
