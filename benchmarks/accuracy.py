@@ -20,6 +20,7 @@ import jaxent
 MARGINS = (0, 2, 10, 17, 20, 30, 40, 60, 80, 87)
 CLASSES = (2, 10, 100)
 ROWS = 16
+QUANTITIES = ("loss", "gradient", "label's gradient")
 
 
 def rows(margin, classes):
@@ -119,7 +120,7 @@ def measure(functions):
 
 
 def show(title, results, libraries):
-    for quantity in ("loss", "gradient", "label's gradient"):
+    for quantity in QUANTITIES:
         print(f"\n{title}, {quantity}: worst relative error (ulp)\n")
         print("| margin | " + " | ".join(libraries) + " |\n|---:|" + "---:|" * len(libraries))
         for margin in MARGINS:
