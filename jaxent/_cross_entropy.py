@@ -24,6 +24,7 @@ from ._check import (
 from ._nll import expected_nll, read_labels, reduce_mean_of_all, reduce_weighted, scale_classes, take_class
 from ._softmax import (
     centred_tangent,
+    difference,
     hide_classes,
     log_near_one,
     log_softmax_core,
@@ -137,7 +138,8 @@ def _cross_entropy(
         q = q if uniform is None else (1.0 - label_smoothing) * q + uniform
         loss = expected_nll(log_softmax_core(x, axis), scale_classes(q, weight, axis), axis)
         loss = loss if loss_of_all is None else loss + loss_of_all
-        return reduce_mean_of_all(loss if empty is None else jnp.where(empty, jnp.inf, loss), reduction)
+        loss = loss if empty is None else jnp.where(empty, jnp.inf, loss)
+        return reduce_mean_of_all(loss, x.shape[axis], reduction)
 
     target = read_labels(labels, x.shape[axis], weight, ignore_index, x.dtype)
     loss = _label_loss(x, target.label, axis)
@@ -181,7 +183,7 @@ def _loss_and_gradient(
     """`-log p_y` and its derivative `p - one_hot(y)`."""
     loss, m, others, total = _loss_and_parts(x, y, axis)
     label = one_hot(y, x.shape, axis)
-    e = jnp.where(label, 0.0, jnp.exp(x - m))  # what a short sum has written out already
+    e = jnp.where(label, 0.0, jnp.exp(difference(x, m)))  # what a short sum has written out already
     inverse = 1.0 / total
     return loss, jnp.where(label, -jnp.expand_dims(others * inverse, axis), e * jnp.expand_dims(inverse, axis))
 
@@ -202,7 +204,8 @@ def _loss_and_parts(
 ) -> tuple[Float[Array, "..."], Float[Array, "..."], Float[Array, "..."], Float[Array, "..."]]:
     """Loss, m, S and S + exp(d)."""
     m = row_max(x, axis)
-    d = take_class(x, y, axis) - jnp.squeeze(m, axis)
+    d = difference(take_class(x, y, axis), jnp.squeeze(m, axis))
     others = sum_exp_except(x, m, y, axis)
+    others = jnp.where(d < 0.0, jnp.maximum(others, 1.0), others)  # the largest class is among them
     total = others + jnp.exp(d)
     return jnp.where(d == 0.0, log_near_one(total, others), jnp.log(total) - d), m, others, total

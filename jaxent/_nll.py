@@ -86,7 +86,7 @@ def _nll(
     log_p = to_compute_dtype(log_probs)
     if jnp.issubdtype(labels.dtype, jnp.floating):
         loss = expected_nll(log_p, scale_classes(jnp.asarray(labels, log_p.dtype), weight, axis), axis)
-        return reduce_mean_of_all(loss, reduction)
+        return reduce_mean_of_all(loss, log_p.shape[axis], reduction)
     target = read_labels(labels, log_p.shape[axis], weight, ignore_index, log_p.dtype)
     return reduce_weighted(-_pick(log_p, target.label, axis), target, reduction)
 
@@ -159,12 +159,12 @@ def expected_nll(log_p: Float[Array, "..."], q: Float[Array, "..."], axis: int) 
     return -jnp.sum(q * log_p, axis)
 
 
-def reduce_mean_of_all(loss: Float[Array, "..."], reduction: Reduction) -> Float[Array, "..."]:
-    """Reduce losses where the mean is over all examples; NaN if there are none."""
+def reduce_mean_of_all(loss: Float[Array, "..."], classes: int, reduction: Reduction) -> Float[Array, "..."]:
+    """Reduce losses where the mean is over all examples; NaN if there are none, or no classes."""
     if reduction == "none":
         return loss
     total = jnp.sum(loss)
-    return total if reduction == "sum" else total / jnp.asarray(loss.size, loss.dtype)
+    return total if reduction == "sum" else total / jnp.asarray(loss.size if classes else jnp.nan, loss.dtype)
 
 
 def reduce_weighted(

@@ -141,8 +141,16 @@ def hide_classes(
 @partial(jax.custom_jvp, nondiff_argnums=(1,))
 def softmax_core(x: Float[Array, "..."], axis: int) -> Float[Array, "..."]:
     """Softmax of float32 or float64 logits."""
-    e = jnp.exp(x - row_max(x, axis))
-    return e / jnp.sum(e, axis, keepdims=True)
+    m = row_max(x, axis)
+    # At most one per class and at least one, whatever fma makes of the largest class (see `difference`).
+    total = jnp.clip(jnp.sum(jnp.exp(x - m), axis, keepdims=True), 1.0, x.shape[axis])
+    # Half an ulp of a difference of 80 is 4e-6, a relative error of that size in its exponential. The total does not
+    # feel it, since classes so far down hardly count; for the classes themselves, two-sum recovers what was lost.
+    x = jnp.maximum(x, m - 1000.0)  # below, exp is 0 anyway, and infinities would make NaNs
+    d = difference(x, m)
+    back = d - x
+    lost = jnp.where(x == m, 0.0, (x - (d - back)) - (m + back))
+    return jnp.exp(d) * (1.0 + lost) / total
 
 
 @softmax_core.defjvp
@@ -160,7 +168,8 @@ def log_softmax_core(x: Float[Array, "..."], axis: int) -> Float[Array, "..."]:
     largest = jnp.argmax(x, axis)
     others = sum_exp_except(x, m, largest, axis)
     log_sum = jnp.expand_dims(log_near_one(jax.lax.optimization_barrier(1.0 + others), others), axis)
-    return (x - m) - jnp.where(m == jnp.inf, jnp.nan, log_sum)  # softmax is undefined beside +inf
+    d = difference(x, m)
+    return d - jnp.where(m == jnp.inf, jnp.nan, log_sum)  # softmax is undefined beside +inf
 
 
 @log_softmax_core.defjvp
@@ -200,6 +209,15 @@ def row_max(x: Float[Array, "..."], axis: int) -> Float[Array, "..."]:
     return jnp.max(x, axis, keepdims=True, initial=-jnp.inf)
 
 
+def difference(x: Float[Array, "..."], m: Float[Array, "..."]) -> Float[Array, "..."]:
+    """`x - m`, and exactly 0 where they are equal.
+
+    If the caller's jit computes x as a product, XLA's CPU backend may contract that and the subtraction to one fma.
+    For x == m it returns the product's rounding error, which swamps the loss of a dominant class.
+    """
+    return jnp.where(x == m, 0.0, x - m)
+
+
 def log_near_one(total: Float[Array, "..."], excess: Float[Array, "..."]) -> Float[Array, "..."]:
     """`log1p(excess)`, given `total = 1 + excess` as rounded; Kahan's form (XLA's log1p is a slow call on CPUs).
 
@@ -219,6 +237,13 @@ def sum_exp_except(
     x: Float[Array, "..."], m: Float[Array, "..."], index: Integer[Array, "..."], axis: int
 ) -> Float[Array, "..."]:
     """Sum of `exp(x - m)` over all classes but `index`, which is left out rather than subtracted."""
+    # No term exceeds 1, but fma (see `difference`) may overflow logits beyond 1e9; a mask here would cost a third.
+    return jnp.minimum(_sum_exp_except(x, m, index, axis), x.shape[axis])
+
+
+def _sum_exp_except(
+    x: Float[Array, "..."], m: Float[Array, "..."], index: Integer[Array, "..."], axis: int
+) -> Float[Array, "..."]:
     classes = x.shape[axis]
     block = next((b for b in _BLOCK_SIZES if classes % b == 0), classes)
     if axis != x.ndim - 1 or classes < 1024 or block == classes:
