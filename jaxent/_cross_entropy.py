@@ -183,9 +183,10 @@ def _loss_and_gradient(
     """`-log p_y` and its derivative `p - one_hot(y)`."""
     loss, m, others, total = _loss_and_parts(x, y, axis)
     label = one_hot(y, x.shape, axis)
-    e = jnp.where(label, 0.0, jnp.exp(difference(x, m)))  # what a short sum has written out already
-    inverse = 1.0 / total
-    return loss, jnp.where(label, -jnp.expand_dims(others * inverse, axis), e * jnp.expand_dims(inverse, axis))
+    e = jnp.where(label, 0.0, jnp.exp(x - m))  # what a short sum has written out already
+    inverse = 1.0 / jnp.expand_dims(total, axis)
+    p = jnp.where(x == m, inverse, e * inverse)  # see `difference`
+    return loss, jnp.where(label, -jnp.expand_dims(others, axis) * inverse, p)
 
 
 @_loss_and_gradient.defjvp

@@ -13,10 +13,6 @@ from jaxtyping import Array, Bool, Float, Integer
 
 from ._check import BoolArray, FloatArray, check_dtype, check_floating, check_where, normalize_axis
 
-# Sums over many classes go block by block: XLA's CPU backend vectorises a plain sum and not a masked one, so only
-# the block that holds the class to be left out is summed again under a mask. Short sums also round less.
-_BLOCK_SIZES = (128, 64, 32, *range(256, 15, -1))
-
 
 def softmax(
     logits: FloatArray, axis: int = -1, *, where: BoolArray | None = None, dtype: DTypeLike | None = None
@@ -241,12 +237,29 @@ def sum_exp_except(
     return jnp.minimum(_sum_exp_except(x, m, index, axis), x.shape[axis])
 
 
+def _block_size(classes: int) -> int | None:
+    """How many classes to sum at a time, or None to sum them all at once.
+
+    XLA's CPU backend vectorises a plain sum and not a masked one, so only the block that holds the class to leave out
+    is summed again under a mask. Blocks near the square root make the shortest sums, which round least.
+    """
+    divisors = [b for b in range(16, 1025) if classes % b == 0]
+    whole_vectors = [b for b in divisors if b % 16 == 0]
+    return min(whole_vectors or divisors, key=lambda b: abs(b * b - classes)) if classes > 1000 and divisors else None
+
+
 def _sum_exp_except(
     x: Float[Array, "..."], m: Float[Array, "..."], index: Integer[Array, "..."], axis: int
 ) -> Float[Array, "..."]:
     classes = x.shape[axis]
-    block = next((b for b in _BLOCK_SIZES if classes % b == 0), classes)
-    if axis != x.ndim - 1 or classes < 1024 or block == classes:
+    if classes <= 32:  # unrolled, XLA makes one pass over the rows of it, where a masked sum over the axis takes two
+        largest, total = jnp.squeeze(m, axis), jnp.zeros(index.shape, x.dtype)
+        for k in range(classes):
+            e = jnp.exp(jax.lax.index_in_dim(x, k, axis, keepdims=False) - largest)
+            total += jnp.where(index == k, 0.0, e)
+        return total
+    block = _block_size(classes)
+    if axis != x.ndim - 1 or block is None:
         e = jnp.exp(x - m)
         return jnp.sum(jnp.where(one_hot(index, x.shape, axis), 0.0, e), axis)
     blocks = x.reshape(*x.shape[:-1], classes // block, block)
