@@ -2,17 +2,22 @@
 
     python benchmarks/cross_entropy.py [--rounds 30] [--json FILE]
 
-All contestants run in one process, in turn, round after round, so that a slow moment of the machine hits all of
-them; printed are medians in milliseconds and the ratios peer / jaxent (above 1: jaxent is faster).
+All contestants run in one process, in random order, round after round, so that a slow moment of the machine hits
+all of them; printed are medians in milliseconds and the ratios peer / jaxent (above 1: jaxent is faster).
 """
 
 import argparse
 import json
+import os
+import random
 import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+# PyTorch's worker threads otherwise spin for a while after each call and take the cores from whoever comes next.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import jax
 import jax.numpy as jnp
@@ -64,8 +69,9 @@ def contestants(shape: tuple[int, int]) -> dict[str, dict[str, Callable[[], Any]
 def medians(calls: dict[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
     """Median milliseconds of each call, from interleaved rounds after three to warm up."""
     times: dict[str, list[float]] = {name: [] for name in calls}
+    order = random.Random(0)
     for i in range(rounds + 3):
-        for name, call in calls.items():
+        for name, call in order.sample(sorted(calls.items()), len(calls)):  # nobody always follows the same peer
             start = time.perf_counter()
             call()
             if i >= 3:
@@ -93,9 +99,7 @@ def main() -> None:
                 f"{ratios['optax']:7.2f} {ratios['torch']:7.2f}",
                 flush=True,
             )
-    means = {
-        peer: statistics.geometric_mean(row["ratio"][peer] for row in rows) for peer in ("optax", "torch")
-    }
+    means = {peer: statistics.geometric_mean(row["ratio"][peer] for row in rows) for peer in ("optax", "torch")}
     print(f"{'geometric mean':>59} {means['optax']:7.2f} {means['torch']:7.2f}")
     if args.json:
         args.json.write_text(json.dumps({"rows": rows, "geometric_mean": means}, indent=1))
