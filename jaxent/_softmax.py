@@ -142,10 +142,10 @@ def softmax_core(x: Float[Array, "..."], axis: int) -> Float[Array, "..."]:
     total = jnp.clip(jnp.sum(jnp.exp(x - m), axis, keepdims=True), 1.0, x.shape[axis])
     # Half an ulp of a difference of 80 is 4e-6, a relative error of that size in its exponential. The total does not
     # feel it, since classes so far down hardly count; for the classes themselves, two-sum recovers what was lost.
-    x = jnp.maximum(x, m - 1000.0)  # below, exp is 0 anyway, and infinities would make NaNs
     d = difference(x, m)
     back = d - x
-    lost = jnp.where(x == m, 0.0, (x - (d - back)) - (m + back))
+    lost = (x - (d - back)) - (m + back)
+    lost = jnp.where((d < 0.0) & (d > -1000.0), lost, 0.0)  # below, exp is 0 anyway, and infinities make NaNs
     return jnp.exp(d) * (1.0 + lost) / total
 
 
