@@ -135,8 +135,8 @@ def _pick_jvp(axis: int, primals: tuple[Array, Array], tangents: tuple[Array, Ar
     # A mask instead of the scatter that AD would write: one vectorised pass, and a whole row of NaN for a bad index.
     x, index = primals
     outside = jnp.expand_dims(index >= x.shape[axis], axis)
-    row = jnp.where(outside, jnp.nan, one_hot(index, x.shape, axis).astype(x.dtype))
-    return _pick(x, index, axis), jnp.sum(row * tangents[0], axis)
+    t = tangents[0] * jnp.where(outside, jnp.nan, jnp.ones((), x.dtype))
+    return _pick(x, index, axis), jnp.sum(jnp.where(one_hot(index, x.shape, axis) | outside, t, 0.0), axis)
 
 
 def take_class(x: Float[Array, "..."], index: Integer[Array, "..."], axis: int) -> Float[Array, "..."]:
