@@ -103,9 +103,7 @@ def measure(functions):
                 for x, want, want_gradient in cases
                 for loss, gradient in [function(x)]
             ]
-            for quantity, per_case in zip(
-                ("loss", "gradient", "label's gradient"), zip(*errors, strict=True), strict=True
-            ):
+            for quantity, per_case in zip(QUANTITIES, zip(*errors, strict=True), strict=True):
                 relative, ulp = (max(values) for values in zip(*per_case, strict=True))
                 results.append(
                     {
