@@ -10,10 +10,13 @@ from jax.core import Tracer
 from jax.typing import DTypeLike
 from jaxtyping import Bool, Float, Inexact, Integer, Shaped
 
+from ._class_axis import ClassAxis
+
 AnyArray: TypeAlias = jax.Array | np.ndarray
 FloatArray: TypeAlias = Float[AnyArray, "..."]
 LabelArray: TypeAlias = Integer[AnyArray, "..."] | Inexact[AnyArray, "..."]
 BoolArray: TypeAlias = Bool[AnyArray, "..."]
+AxisName: TypeAlias = str | tuple[str, ...]
 Reduction: TypeAlias = Literal["none", "mean", "sum"]
 
 
@@ -44,6 +47,17 @@ def normalize_axis(name: str, shape: tuple[int, ...], axis: int) -> int:
             f"axis must lie in [{-len(shape)}, {len(shape) - 1}] for {name} of shape {shape}, got {axis}"
         )
     return index % len(shape)
+
+
+def check_axis_name(axis_name: AxisName | None) -> tuple[str, ...]:
+    """The mesh axes over which the class axis is sharded."""
+    names = () if axis_name is None else axis_name if isinstance(axis_name, tuple) else (axis_name,)
+    for name in names:
+        try:
+            jax.lax.axis_size(name)
+        except (NameError, TypeError, ValueError):
+            raise ValueError(f"axis_name must name mesh axes of an enclosing jax.shard_map, got {name!r}") from None
+    return names
 
 
 def check_where(name: str, shape: tuple[int, ...], where: BoolArray | None) -> None:
@@ -99,7 +113,9 @@ def check_ignore_index(ignore_index: int | None) -> int | None:
         raise TypeError(f"ignore_index must be an integer or None, got {ignore_index!r}") from None
 
 
-def check_labels(name: str, shape: tuple[int, ...], labels: LabelArray, axis: int, ignore_index: int | None) -> bool:
+def check_labels(
+    name: str, shape: tuple[int, ...], labels: LabelArray, axis: ClassAxis, ignore_index: int | None
+) -> bool:
     """Check `labels` against scores called `name` of `shape`; True if they are class indices."""
     if not hasattr(labels, "dtype"):
         raise TypeError(f"labels must be a jax or numpy array, got {type(labels).__name__}")
@@ -117,13 +133,13 @@ def check_labels(name: str, shape: tuple[int, ...], labels: LabelArray, axis: in
             f"labels must have an integer dtype (class indices) or a floating dtype (class probabilities), "
             f"got {labels.dtype}"
         )
-    expected = shape[:axis] + shape[axis + 1 :]
+    expected = shape[: axis.index] + shape[axis.index + 1 :]
     if labels.shape != expected:
         raise ValueError(
             f"labels of dtype {labels.dtype} are class indices and must have the shape {expected}, "
-            f"{name}'s {shape} without its class axis {axis}, got shape {labels.shape}"
+            f"{name}'s {shape} without its class axis {axis.index}, got shape {labels.shape}"
         )
-    _check_range(labels, shape[axis], ignore_index)
+    _check_range(labels, shape[axis.index] * jax.lax.axis_size(axis.names), ignore_index)
     return True
 
 

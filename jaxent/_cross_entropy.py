@@ -7,10 +7,12 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Integer
 
 from ._check import (
+    AxisName,
     BoolArray,
     FloatArray,
     LabelArray,
     Reduction,
+    check_axis_name,
     check_floating,
     check_ignore_index,
     check_labels,
@@ -21,7 +23,8 @@ from ._check import (
     check_where,
     normalize_axis,
 )
-from ._nll import expected_nll, read_labels, reduce_mean_of_all, reduce_weighted, scale_classes, take_class
+from ._class_axis import ClassAxis
+from ._nll import expected_nll, read_labels, reduce_mean_of_all, reduce_weighted, scale_classes
 from ._softmax import (
     centred_tangent,
     difference,
@@ -29,8 +32,6 @@ from ._softmax import (
     log_near_one,
     log_softmax_core,
     logsumexp_core,
-    one_hot,
-    row_max,
     softmax_core,
     sum_exp_except,
     to_compute_dtype,
@@ -48,6 +49,7 @@ def cross_entropy(
     reduction: Reduction = "mean",
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
+    axis_name: AxisName | None = None,
 ) -> Float[Array, "..."]:
     r"""Cross-entropy between labels and the softmax of logits.
 
@@ -70,6 +72,9 @@ def cross_entropy(
         reduction: `"none"`, `"mean"` or `"sum"`.
         label_smoothing: share of the label, in [0, 1], that is spread evenly over the classes.
         z_loss: factor of `logsumexp(logits) ** 2`, which is added to each example's loss to keep logits small.
+        axis_name: inside `jax.shard_map`, the mesh axis (or a tuple of them, major first) over which the class axis
+            is sharded. `logits`, `weight`, `where` and class probabilities are then this device's part, class indices
+            still count all classes, and the loss is the same on all devices that hold parts of an example.
 
     Returns:
         A scalar, or one loss per example for `reduction="none"`; float32, or float64 for float64 logits.
@@ -78,7 +83,7 @@ def cross_entropy(
         TypeError: an argument has the wrong dtype.
         ValueError: a shape, an axis, the reduction or the smoothing does not fit, or a label lies outside
             `[0, classes)`. Where labels are traced their values cannot be checked: such an example's loss and
-            gradient are NaN, and `checkify` with its `index_checks` reports it.
+            gradient are NaN, and (without sharded classes) `checkify` with its `index_checks` reports it.
 
     Example:
         >>> import jax, jax.numpy as jnp, jaxent
@@ -97,19 +102,19 @@ def cross_entropy(
         Equals `nll(log_softmax(logits), labels)`.
     """
     check_floating("logits", logits)
-    axis = normalize_axis("logits", logits.shape, axis)
+    classes = ClassAxis(normalize_axis("logits", logits.shape, axis), check_axis_name(axis_name))
     ignore_index = check_ignore_index(ignore_index)
     check_reduction(reduction)
     label_smoothing = check_smoothing(label_smoothing)
     check_where("logits", logits.shape, where)
-    check_weight(weight, logits.shape[axis])
-    check_labels("logits", logits.shape, labels, axis, ignore_index)
+    check_weight(weight, logits.shape[classes.index])
+    check_labels("logits", logits.shape, labels, classes, ignore_index)
     return _cross_entropy(
         logits,
         labels,
         where,
         weight,
-        axis,
+        classes,
         ignore_index,
         reduction,
         label_smoothing,
@@ -123,7 +128,7 @@ def _cross_entropy(
     labels: LabelArray,
     where: BoolArray | None,
     weight: FloatArray | None,
-    axis: int,
+    axis: ClassAxis,
     ignore_index: int | None,
     reduction: Reduction,
     label_smoothing: float,
@@ -139,9 +144,9 @@ def _cross_entropy(
         loss = expected_nll(log_softmax_core(x, axis), scale_classes(q, weight, axis), axis)
         loss = loss if loss_of_all is None else loss + loss_of_all
         loss = loss if empty is None else jnp.where(empty, jnp.inf, loss)
-        return reduce_mean_of_all(loss, x.shape[axis], reduction)
+        return reduce_mean_of_all(loss, axis.size(x), reduction)
 
-    target = read_labels(labels, x.shape[axis], weight, ignore_index, x.dtype)
+    target = read_labels(labels, axis.size(x), weight, ignore_index, x.dtype, axis.names)
     loss = _label_loss(x, target.label, axis)
     if uniform is not None:
         loss = (1.0 - label_smoothing) * loss
@@ -152,11 +157,13 @@ def _cross_entropy(
     return reduce_weighted(loss, target, reduction, loss_of_all)
 
 
-def _uniform(mass: float, x: Float[Array, "..."], keep: Bool[Array, "..."] | None, axis: int) -> Float[Array, "..."]:
+def _uniform(
+    mass: float, x: Float[Array, "..."], keep: Bool[Array, "..."] | None, axis: ClassAxis
+) -> Float[Array, "..."]:
     """`mass` spread evenly over the classes that are kept."""
     if keep is None:
-        return jnp.full_like(x, mass / max(x.shape[axis], 1))
-    return jnp.where(keep, mass / jnp.sum(keep, axis, keepdims=True).astype(x.dtype), 0.0)
+        return jnp.full_like(x, mass / max(axis.size(x), 1))
+    return jnp.where(keep, mass / axis.sum(keep, keepdims=True).astype(x.dtype), 0.0)
 
 
 # With the largest logit m, d = x_y - m and S = sum of exp(x_k - m) over the classes k other than the label y, the
@@ -165,47 +172,49 @@ def _uniform(mass: float, x: Float[Array, "..."], keep: Bool[Array, "..."] | Non
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(2,))
-def _label_loss(x: Float[Array, "..."], y: Integer[Array, "..."], axis: int) -> Float[Array, "..."]:
+def _label_loss(x: Float[Array, "..."], y: Integer[Array, "..."], axis: ClassAxis) -> Float[Array, "..."]:
     """`-log p_y` of each example."""
     return _loss_and_parts(x, y, axis)[0]
 
 
 @_label_loss.defjvp
-def _label_loss_jvp(axis: int, primals: tuple[Array, Array], tangents: tuple[Array, Array]) -> tuple[Array, Array]:
+def _label_loss_jvp(
+    axis: ClassAxis, primals: tuple[Array, Array], tangents: tuple[Array, Array]
+) -> tuple[Array, Array]:
     loss, gradient = _loss_and_gradient(*primals, axis)
-    return loss, jnp.sum(gradient * tangents[0], axis)
+    return loss, axis.sum(gradient * tangents[0])
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(2,))
 def _loss_and_gradient(
-    x: Float[Array, "..."], y: Integer[Array, "..."], axis: int
+    x: Float[Array, "..."], y: Integer[Array, "..."], axis: ClassAxis
 ) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
     """`-log p_y` and its derivative `p - one_hot(y)`."""
     loss, m, others, total = _loss_and_parts(x, y, axis)
-    label = one_hot(y, x.shape, axis)
+    label = axis.one_hot(y, x)
     e = jnp.where(label, 0.0, jnp.exp(x - m))  # what a short sum has written out already
-    inverse = 1.0 / jnp.expand_dims(total, axis)
+    inverse = 1.0 / jnp.expand_dims(total, axis.index)
     p = jnp.where(x == m, inverse, e * inverse)  # see `difference`
-    return loss, jnp.where(label, -jnp.expand_dims(others, axis) * inverse, p)
+    return loss, jnp.where(label, -jnp.expand_dims(others, axis.index) * inverse, p)
 
 
 @_loss_and_gradient.defjvp
 def _loss_and_gradient_jvp(
-    axis: int, primals: tuple[Array, Array], tangents: tuple[Array, Array]
+    axis: ClassAxis, primals: tuple[Array, Array], tangents: tuple[Array, Array]
 ) -> tuple[tuple[Array, Array], tuple[Array, Array]]:
     loss, gradient = _loss_and_gradient(*primals, axis)
     # The one-hot label is constant, so the gradient moves as softmax does.
     p = softmax_core(primals[0], axis)
     dp = p * centred_tangent(p, tangents[0], axis)
-    return (loss, gradient), (jnp.sum(gradient * tangents[0], axis), dp)
+    return (loss, gradient), (axis.sum(gradient * tangents[0]), dp)
 
 
 def _loss_and_parts(
-    x: Float[Array, "..."], y: Integer[Array, "..."], axis: int
+    x: Float[Array, "..."], y: Integer[Array, "..."], axis: ClassAxis
 ) -> tuple[Float[Array, "..."], Float[Array, "..."], Float[Array, "..."], Float[Array, "..."]]:
     """Loss, m, S and S + exp(d)."""
-    m = row_max(x, axis)
-    d = difference(take_class(x, y, axis), jnp.squeeze(m, axis))
+    m = axis.max(x)
+    d = difference(axis.take(x, y), jnp.squeeze(m, axis.index))
     others = sum_exp_except(x, m, y, axis)
     others = jnp.where(d < 0.0, jnp.maximum(others, 1.0), others)  # the largest class is among them
     total = others + jnp.exp(d)

@@ -8,9 +8,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Integer
 
 from ._check import (
+    AxisName,
     FloatArray,
     LabelArray,
     Reduction,
+    check_axis_name,
     check_floating,
     check_ignore_index,
     check_labels,
@@ -18,7 +20,8 @@ from ._check import (
     check_weight,
     normalize_axis,
 )
-from ._softmax import one_hot, to_compute_dtype
+from ._class_axis import ClassAxis, one_hot
+from ._softmax import to_compute_dtype
 
 
 def nll(
@@ -29,6 +32,7 @@ def nll(
     weight: FloatArray | None = None,
     ignore_index: int | None = -100,
     reduction: Reduction = "mean",
+    axis_name: AxisName | None = None,
 ) -> Float[Array, "..."]:
     r"""Negative log-likelihood of labels under given log-probabilities.
 
@@ -45,6 +49,9 @@ def nll(
         weight: one weight per class, shape `(classes,)`.
         ignore_index: examples with this label add nothing; None ignores none.
         reduction: `"none"`, `"mean"` or `"sum"`.
+        axis_name: inside `jax.shard_map`, the mesh axis (or a tuple of them, major first) over which the class axis
+            is sharded. `log_probs`, `weight` and class probabilities are then this device's part, class indices
+            still count all classes, and the loss is the same on all devices that hold parts of an example.
 
     Returns:
         A scalar, or one loss per example for `reduction="none"`; float32, or float64 for float64 input.
@@ -53,7 +60,7 @@ def nll(
         TypeError: an argument has the wrong dtype.
         ValueError: a shape, an axis or the reduction does not fit, or a label lies outside `[0, classes)`. Where
             labels are traced their values cannot be checked: such an example's loss and gradient are NaN,
-            and `checkify` with its `index_checks` reports it.
+            and (without sharded classes) `checkify` with its `index_checks` reports it.
 
     Example:
         >>> import jax.numpy as jnp, jaxent
@@ -66,12 +73,12 @@ def nll(
         also spelled `jaxent.nll_loss`. `cross_entropy` is this after `log_softmax`, in one step.
     """
     check_floating("log_probs", log_probs)
-    axis = normalize_axis("log_probs", log_probs.shape, axis)
+    classes = ClassAxis(normalize_axis("log_probs", log_probs.shape, axis), check_axis_name(axis_name))
     ignore_index = check_ignore_index(ignore_index)
     check_reduction(reduction)
-    check_weight(weight, log_probs.shape[axis])
-    check_labels("log_probs", log_probs.shape, labels, axis, ignore_index)
-    return _nll(log_probs, labels, weight, axis, ignore_index, reduction)
+    check_weight(weight, log_probs.shape[classes.index])
+    check_labels("log_probs", log_probs.shape, labels, classes, ignore_index)
+    return _nll(log_probs, labels, weight, classes, ignore_index, reduction)
 
 
 @partial(jax.jit, static_argnums=(3, 4, 5))
@@ -79,15 +86,15 @@ def _nll(
     log_probs: FloatArray,
     labels: LabelArray,
     weight: FloatArray | None,
-    axis: int,
+    axis: ClassAxis,
     ignore_index: int | None,
     reduction: Reduction,
 ) -> Float[Array, "..."]:
     log_p = to_compute_dtype(log_probs)
     if jnp.issubdtype(labels.dtype, jnp.floating):
         loss = expected_nll(log_p, scale_classes(jnp.asarray(labels, log_p.dtype), weight, axis), axis)
-        return reduce_mean_of_all(loss, log_p.shape[axis], reduction)
-    target = read_labels(labels, log_p.shape[axis], weight, ignore_index, log_p.dtype)
+        return reduce_mean_of_all(loss, axis.size(log_p), reduction)
+    target = read_labels(labels, axis.size(log_p), weight, ignore_index, log_p.dtype, axis.names)
     return reduce_weighted(-_pick(log_p, target.label, axis), target, reduction)
 
 
@@ -100,7 +107,12 @@ class Target(NamedTuple):
 
 
 def read_labels(
-    labels: LabelArray, classes: int, weight: FloatArray | None, ignore_index: int | None, dtype: jnp.dtype
+    labels: LabelArray,
+    classes: int,
+    weight: FloatArray | None,
+    ignore_index: int | None,
+    dtype: jnp.dtype,
+    axis_names: tuple[str, ...] = (),
 ) -> Target:
     """Class indices, and which of them count."""
     labels = jnp.asarray(labels)
@@ -113,10 +125,25 @@ def read_labels(
     # A label too large stays as it is for `checkify.index_checks` to report; a negative one must not wrap around.
     largest = jnp.iinfo(jnp.int32).max
     index = jnp.where(labels < 0, max(classes, 1), jnp.minimum(labels, largest)).astype(jnp.int32)
-    of_label = None if weight is None else jnp.asarray(weight, dtype).at[index].get(mode="fill")
+    of_label = None if weight is None else _weight_of(index, jnp.asarray(weight, dtype), ClassAxis(0, axis_names))
     if of_label is not None and counts is not None:
         of_label = jnp.where(counts, of_label, 0.0)
     return Target(index, counts, of_label)
+
+
+def _weight_of(
+    index: Integer[Array, "..."], weight: Float[Array, " classes"], axis: ClassAxis
+) -> Float[Array, "..."]:
+    """The weight of each class `index`; NaN if there is no such class."""
+    if axis.names:
+        local = axis.local(index, weight)
+        inside = (local >= 0) & (local < weight.size)
+        of_part = jnp.where(inside, weight.at[local].get(mode="clip"), 0.0)
+    elif any(jax.typeof(index).sharding.spec) or axis.is_sharded(weight):
+        of_part = jnp.where(one_hot(index, (*index.shape, weight.size), index.ndim), weight, 0.0).sum(-1)
+    else:
+        return weight.at[index].get(mode="fill")
+    return jnp.where(index < axis.size(weight), axis.total(of_part), jnp.nan)
 
 
 def _representable(value: int, dtype: jnp.dtype) -> bool:
@@ -125,38 +152,31 @@ def _representable(value: int, dtype: jnp.dtype) -> bool:
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(2,))
-def _pick(x: Float[Array, "..."], index: Integer[Array, "..."], axis: int) -> Float[Array, "..."]:
+def _pick(x: Float[Array, "..."], index: Integer[Array, "..."], axis: ClassAxis) -> Float[Array, "..."]:
     """Entry `index` along `axis`; NaN if the index is out of range."""
-    return take_class(x, index, axis)
+    return axis.take(x, index)
 
 
 @_pick.defjvp
-def _pick_jvp(axis: int, primals: tuple[Array, Array], tangents: tuple[Array, Array]) -> tuple[Array, Array]:
+def _pick_jvp(axis: ClassAxis, primals: tuple[Array, Array], tangents: tuple[Array, Array]) -> tuple[Array, Array]:
     # A mask instead of the scatter that AD would write: one vectorised pass, and a whole row of NaN for a bad index.
     x, index = primals
-    outside = jnp.expand_dims(index >= x.shape[axis], axis)
+    outside = jnp.expand_dims(index >= axis.size(x), axis.index)
     t = tangents[0] * jnp.where(outside, jnp.nan, jnp.ones((), x.dtype))
-    return _pick(x, index, axis), jnp.sum(jnp.where(one_hot(index, x.shape, axis) | outside, t, 0.0), axis)
+    return _pick(x, index, axis), axis.sum(jnp.where(axis.one_hot(index, x) | outside, t, 0.0))
 
 
-def take_class(x: Float[Array, "..."], index: Integer[Array, "..."], axis: int) -> Float[Array, "..."]:
-    """Entry `index` along `axis` without a derivative of its own; NaN if the index is out of range."""
-    if not x.shape[axis]:
-        return jnp.full(index.shape, jnp.nan, x.dtype)
-    return jnp.squeeze(jnp.take_along_axis(x, jnp.expand_dims(index, axis), axis, mode="fill"), axis)
-
-
-def scale_classes(x: Float[Array, "..."], weight: FloatArray | None, axis: int) -> Float[Array, "..."]:
+def scale_classes(x: Float[Array, "..."], weight: FloatArray | None, axis: ClassAxis) -> Float[Array, "..."]:
     """`x` times the weight of each class."""
     if weight is None:
         return x
-    return x * jnp.asarray(weight, x.dtype).reshape((-1,) + (1,) * (x.ndim - axis - 1))
+    return x * jnp.asarray(weight, x.dtype).reshape((-1,) + (1,) * (x.ndim - axis.index - 1))
 
 
-def expected_nll(log_p: Float[Array, "..."], q: Float[Array, "..."], axis: int) -> Float[Array, "..."]:
+def expected_nll(log_p: Float[Array, "..."], q: Float[Array, "..."], axis: ClassAxis) -> Float[Array, "..."]:
     """`-sum(q * log_p)` along `axis`, where 0 * -inf counts as 0."""
     log_p = jnp.where((q == 0) & (log_p == -jnp.inf), 0.0, log_p)
-    return -jnp.sum(q * log_p, axis)
+    return -axis.sum(q * log_p)
 
 
 def reduce_mean_of_all(loss: Float[Array, "..."], classes: int, reduction: Reduction) -> Float[Array, "..."]:

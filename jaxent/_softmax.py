@@ -11,11 +11,26 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Integer
 
-from ._check import BoolArray, FloatArray, check_dtype, check_floating, check_where, normalize_axis
+from ._check import (
+    AxisName,
+    BoolArray,
+    FloatArray,
+    check_axis_name,
+    check_dtype,
+    check_floating,
+    check_where,
+    normalize_axis,
+)
+from ._class_axis import ClassAxis, one_hot
 
 
 def softmax(
-    logits: FloatArray, axis: int = -1, *, where: BoolArray | None = None, dtype: DTypeLike | None = None
+    logits: FloatArray,
+    axis: int = -1,
+    *,
+    where: BoolArray | None = None,
+    dtype: DTypeLike | None = None,
+    axis_name: AxisName | None = None,
 ) -> Float[Array, "..."]:
     r"""Probabilities proportional to the exponential of the logits.
 
@@ -28,13 +43,15 @@ def softmax(
             gradient, and a row without any class left gets zeros.
         dtype: dtype of the result, that of `logits` by default. As in PyTorch, logits are cast to it first;
             half precision is computed in float32 in any case.
+        axis_name: inside `jax.shard_map`, the mesh axis (or a tuple of them, major first) over which the class axis
+            is sharded. `logits` and `where` are then this device's classes, and so is the result.
 
     Returns:
         Array of the shape of `logits`, summing to 1 along `axis`.
 
     Raises:
         TypeError: `logits` or `dtype` is not floating, or `where` is not boolean.
-        ValueError: `axis` is out of range, or `where` does not broadcast to `logits`.
+        ValueError: `axis` is out of range, `where` does not broadcast to `logits`, or `axis_name` is unknown.
 
     Example:
         >>> import jax.numpy as jnp, jaxent
@@ -45,12 +62,16 @@ def softmax(
         [torch.nn.functional.softmax](https://docs.pytorch.org/docs/stable/generated/torch.nn.functional.softmax.html).
         Unlike `jax.nn.softmax`, derivatives stay accurate where one class dominates.
     """
-    axis = _check(logits, axis, where, dtype)
-    return _softmax(logits, where, axis, dtype)
+    return _softmax(logits, where, _check(logits, axis, where, dtype, axis_name), dtype)
 
 
 def log_softmax(
-    logits: FloatArray, axis: int = -1, *, where: BoolArray | None = None, dtype: DTypeLike | None = None
+    logits: FloatArray,
+    axis: int = -1,
+    *,
+    where: BoolArray | None = None,
+    dtype: DTypeLike | None = None,
+    axis_name: AxisName | None = None,
 ) -> Float[Array, "..."]:
     r"""Logarithms of the softmax probabilities, without computing the probabilities first.
 
@@ -62,13 +83,15 @@ def log_softmax(
         where: boolean mask that broadcasts to `logits`; classes where it is False get -inf and no gradient.
         dtype: dtype of the result, that of `logits` by default. As in PyTorch, logits are cast to it first;
             half precision is computed in float32 in any case.
+        axis_name: inside `jax.shard_map`, the mesh axis (or a tuple of them, major first) over which the class axis
+            is sharded. `logits` and `where` are then this device's classes, and so is the result.
 
     Returns:
         Array of the shape of `logits`.
 
     Raises:
         TypeError: `logits` or `dtype` is not floating, or `where` is not boolean.
-        ValueError: `axis` is out of range, or `where` does not broadcast to `logits`.
+        ValueError: `axis` is out of range, `where` does not broadcast to `logits`, or `axis_name` is unknown.
 
     Example:
         >>> import jax.numpy as jnp, jaxent
@@ -79,19 +102,26 @@ def log_softmax(
         [torch.nn.functional.log_softmax](https://docs.pytorch.org/docs/stable/generated/torch.nn.functional.log_softmax.html);
         Blanchard, Higham & Higham 2021, "Accurately computing the log-sum-exp and softmax functions".
     """
-    axis = _check(logits, axis, where, dtype)
-    return _log_softmax(logits, where, axis, dtype)
+    return _log_softmax(logits, where, _check(logits, axis, where, dtype, axis_name), dtype)
 
 
-def _check(logits: FloatArray, axis: int, where: BoolArray | None, dtype: DTypeLike | None) -> int:
+def _check(
+    logits: FloatArray,
+    axis: int,
+    where: BoolArray | None,
+    dtype: DTypeLike | None,
+    axis_name: AxisName | None,
+) -> ClassAxis:
     check_floating("logits", logits)
     check_dtype(dtype)
     check_where("logits", logits.shape, where)
-    return normalize_axis("logits", logits.shape, axis)
+    return ClassAxis(normalize_axis("logits", logits.shape, axis), check_axis_name(axis_name))
 
 
 @partial(jax.jit, static_argnums=(2, 3))
-def _softmax(logits: FloatArray, where: BoolArray | None, axis: int, dtype: DTypeLike | None) -> Float[Array, "..."]:
+def _softmax(
+    logits: FloatArray, where: BoolArray | None, axis: ClassAxis, dtype: DTypeLike | None
+) -> Float[Array, "..."]:
     x, out = _cast(logits, dtype)
     x, keep, _ = hide_classes(x, where, axis)
     p = softmax_core(x, axis)
@@ -100,7 +130,7 @@ def _softmax(logits: FloatArray, where: BoolArray | None, axis: int, dtype: DTyp
 
 @partial(jax.jit, static_argnums=(2, 3))
 def _log_softmax(
-    logits: FloatArray, where: BoolArray | None, axis: int, dtype: DTypeLike | None
+    logits: FloatArray, where: BoolArray | None, axis: ClassAxis, dtype: DTypeLike | None
 ) -> Float[Array, "..."]:
     x, out = _cast(logits, dtype)
     x, keep, _ = hide_classes(x, where, axis)
@@ -120,7 +150,7 @@ def to_compute_dtype(x: FloatArray) -> Float[Array, "..."]:
 
 
 def hide_classes(
-    x: Float[Array, "..."], where: BoolArray | None, axis: int
+    x: Float[Array, "..."], where: BoolArray | None, axis: ClassAxis
 ) -> tuple[Float[Array, "..."], Bool[Array, "..."] | None, Bool[Array, "..."] | None]:
     """Logits with masked classes at -inf, the mask in full shape, and which rows have no class left.
 
@@ -129,17 +159,17 @@ def hide_classes(
     if where is None:
         return x, None, None
     keep = jnp.broadcast_to(jnp.asarray(where), x.shape)
-    empty = ~jnp.any(keep, axis)
-    fill = jnp.where(jnp.expand_dims(empty, axis), 0.0, -jnp.inf).astype(x.dtype)
+    empty = axis.sum(keep) == 0
+    fill = jnp.where(jnp.expand_dims(empty, axis.index), 0.0, -jnp.inf).astype(x.dtype)
     return jnp.where(keep, x, fill), keep, empty
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(1,))
-def softmax_core(x: Float[Array, "..."], axis: int) -> Float[Array, "..."]:
+def softmax_core(x: Float[Array, "..."], axis: ClassAxis) -> Float[Array, "..."]:
     """Softmax of float32 or float64 logits."""
-    m = row_max(x, axis)
+    m = axis.max(x)
     # At most one per class and at least one, whatever fma makes of the largest class (see `difference`).
-    total = jnp.clip(jnp.sum(jnp.exp(x - m), axis, keepdims=True), 1.0, x.shape[axis])
+    total = jnp.clip(axis.sum(jnp.exp(x - m), keepdims=True), 1.0, axis.size(x))
     # Half an ulp of a difference of 80 is 4e-6, a relative error of that size in its exponential. The total does not
     # feel it, since classes so far down hardly count; for the classes themselves, two-sum recovers what was lost.
     d = difference(x, m)
@@ -150,44 +180,43 @@ def softmax_core(x: Float[Array, "..."], axis: int) -> Float[Array, "..."]:
 
 
 @softmax_core.defjvp
-def _softmax_jvp(axis: int, primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
+def _softmax_jvp(axis: ClassAxis, primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
     p = softmax_core(primals[0], axis)
     return p, p * centred_tangent(p, tangents[0], axis)
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(1,))
-def log_softmax_core(x: Float[Array, "..."], axis: int) -> Float[Array, "..."]:
+def log_softmax_core(x: Float[Array, "..."], axis: ClassAxis) -> Float[Array, "..."]:
     """Log-softmax of float32 or float64 logits."""
-    if not x.shape[axis]:
+    if not x.shape[axis.index]:
         return x
-    m = row_max(x, axis)
-    largest = jnp.argmax(x, axis)
-    others = sum_exp_except(x, m, largest, axis)
-    log_sum = jnp.expand_dims(log_near_one(jax.lax.optimization_barrier(1.0 + others), others), axis)
+    m = axis.max(x)
+    others = sum_exp_except(x, m, axis.first(x == m), axis)
+    log_sum = jnp.expand_dims(log_near_one(jax.lax.optimization_barrier(1.0 + others), others), axis.index)
     d = difference(x, m)
     return d - jnp.where(m == jnp.inf, jnp.nan, log_sum)  # softmax is undefined beside +inf
 
 
 @log_softmax_core.defjvp
-def _log_softmax_jvp(axis: int, primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
+def _log_softmax_jvp(axis: ClassAxis, primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
     p = softmax_core(primals[0], axis)
     return log_softmax_core(primals[0], axis), centred_tangent(p, tangents[0], axis)
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(1,))
-def logsumexp_core(x: Float[Array, "..."], axis: int) -> Float[Array, "..."]:
+def logsumexp_core(x: Float[Array, "..."], axis: ClassAxis) -> Float[Array, "..."]:
     """Logarithm of the summed exponentials; the shape of `x` without the class axis."""
-    m = row_max(x, axis)
-    return jnp.log(jnp.sum(jnp.exp(x - m), axis)) + jnp.squeeze(m, axis)
+    m = axis.max(x)
+    return jnp.log(axis.sum(jnp.exp(x - m))) + jnp.squeeze(m, axis.index)
 
 
 @logsumexp_core.defjvp
-def _logsumexp_jvp(axis: int, primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
+def _logsumexp_jvp(axis: ClassAxis, primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
     p = softmax_core(primals[0], axis)
-    return logsumexp_core(primals[0], axis), jnp.sum(p * tangents[0], axis)
+    return logsumexp_core(primals[0], axis), axis.sum(p * tangents[0])
 
 
-def centred_tangent(p: Float[Array, "..."], t: Float[Array, "..."], axis: int) -> Float[Array, "..."]:
+def centred_tangent(p: Float[Array, "..."], t: Float[Array, "..."], axis: ClassAxis) -> Float[Array, "..."]:
     """`t - sum(p * t)`, which is the tangent of log_softmax.
 
     If one class holds more than half of the probability, tangents are first taken relative to its own. That class
@@ -195,14 +224,9 @@ def centred_tangent(p: Float[Array, "..."], t: Float[Array, "..."], axis: int) -
     round the small remainder away.
     """
     dominant = p > 0.5
-    relative = t - jnp.sum(jnp.where(dominant, t, 0.0), axis, keepdims=True)
+    relative = t - axis.sum(jnp.where(dominant, t, 0.0), keepdims=True)
     relative = jnp.where(dominant, 0.0, relative)
-    return relative - jnp.sum(p * relative, axis, keepdims=True)
-
-
-def row_max(x: Float[Array, "..."], axis: int) -> Float[Array, "..."]:
-    """Largest logit of each row, with the class axis kept; -inf if there are no classes."""
-    return jnp.max(x, axis, keepdims=True, initial=-jnp.inf)
+    return relative - axis.sum(p * relative, keepdims=True)
 
 
 def difference(x: Float[Array, "..."], m: Float[Array, "..."]) -> Float[Array, "..."]:
@@ -223,48 +247,48 @@ def log_near_one(total: Float[Array, "..."], excess: Float[Array, "..."]) -> Flo
     return jnp.where(exact, excess, jnp.log(total) * (excess / jnp.where(exact, 1.0, total - 1.0)))
 
 
-def one_hot(index: Integer[Array, "..."], shape: tuple[int, ...], axis: int) -> Bool[Array, "..."]:
-    """Mask of the given shape, True where the position along `axis` is `index`."""
-    position = jax.lax.broadcasted_iota(index.dtype, shape, axis)
-    return position == jnp.expand_dims(index, axis)
-
-
 def sum_exp_except(
-    x: Float[Array, "..."], m: Float[Array, "..."], index: Integer[Array, "..."], axis: int
+    x: Float[Array, "..."], m: Float[Array, "..."], index: Integer[Array, "..."], axis: ClassAxis
 ) -> Float[Array, "..."]:
     """Sum of `exp(x - m)` over all classes but `index`, which is left out rather than subtracted."""
     # No term exceeds 1, but fma (see `difference`) may overflow logits beyond 1e9; a mask here would cost a third.
-    return jnp.minimum(_sum_exp_except(x, m, index, axis), x.shape[axis])
-
-
-def _block_size(classes: int) -> int | None:
-    """How many classes to sum at a time, or None to sum them all at once.
-
-    XLA's CPU backend vectorises a plain sum and not a masked one, so only the block that holds the class to leave out
-    is summed again under a mask. Blocks near the square root make the shortest sums, which round least.
-    """
-    divisors = [b for b in range(16, 1025) if classes % b == 0]
-    whole_vectors = [b for b in divisors if b % 16 == 0]
-    return min(whole_vectors or divisors, key=lambda b: abs(b * b - classes)) if classes > 1000 and divisors else None
+    return jnp.minimum(axis.total(_sum_exp_except(x, m, axis.local(index, x), axis)), axis.size(x))
 
 
 def _sum_exp_except(
-    x: Float[Array, "..."], m: Float[Array, "..."], index: Integer[Array, "..."], axis: int
+    x: Float[Array, "..."], m: Float[Array, "..."], index: Integer[Array, "..."], axis: ClassAxis
 ) -> Float[Array, "..."]:
-    classes = x.shape[axis]
-    if classes <= 32:  # unrolled, XLA makes one pass over the rows of it, where a masked sum over the axis takes two
-        largest, total = jnp.squeeze(m, axis), jnp.zeros(index.shape, x.dtype)
+    """The same over the classes in `x` alone, with `index` counted among them; it may lie outside."""
+    classes = x.shape[axis.index]
+    # What follows slices the class axis, which moves data between devices if they hold parts of it.
+    parts = 2 if axis.is_sharded(x) else axis.unseen_parts(x)
+    if classes <= 32 and parts == 1:
+        # Unrolled, XLA makes one pass over the rows of it, where a masked sum over the axis takes two.
+        largest, total = jnp.squeeze(m, axis.index), jnp.zeros(index.shape, x.dtype)
         for k in range(classes):
-            e = jnp.exp(jax.lax.index_in_dim(x, k, axis, keepdims=False) - largest)
+            e = jnp.exp(jax.lax.index_in_dim(x, k, axis.index, keepdims=False) - largest)
             total += jnp.where(index == k, 0.0, e)
         return total
-    block = _block_size(classes)
-    if axis != x.ndim - 1 or block is None:
+    block = None if axis.is_sharded(x) else _block_size(classes, parts)
+    if axis.index != x.ndim - 1 or block is None:
         e = jnp.exp(x - m)
-        return jnp.sum(jnp.where(one_hot(index, x.shape, axis), 0.0, e), axis)
+        return jnp.sum(jnp.where(one_hot(index, x.shape, axis.index), 0.0, e), axis.index)
     blocks = x.reshape(*x.shape[:-1], classes // block, block)
     sums = jnp.sum(jnp.exp(blocks - m[..., None]), -1)
     of_index = index // block
-    rest = jnp.sum(jnp.where(one_hot(of_index, sums.shape, axis), 0.0, sums), -1)
+    rest = jnp.sum(jnp.where(one_hot(of_index, sums.shape, axis.index), 0.0, sums), -1)
     own = jnp.take_along_axis(blocks, of_index[..., None, None], -2, mode="clip")[..., 0, :]
-    return rest + jnp.sum(jnp.where(one_hot(index % block, own.shape, axis), 0.0, jnp.exp(own - m)), -1)
+    own = jnp.sum(jnp.where(one_hot(index % block, own.shape, axis.index), 0.0, jnp.exp(own - m)), -1)
+    return rest + jnp.where((index >= 0) & (index < classes), own, 0.0)
+
+
+def _block_size(classes: int, parts: int) -> int | None:
+    """How many classes to sum at a time, or None to sum them all at once.
+
+    XLA's CPU backend vectorises a plain sum and not a masked one, so only the block that holds the class to leave out
+    is summed again under a mask. Blocks near the square root make the shortest sums, which round least. If the
+    compiler may split the classes into `parts`, whole blocks must lie in each.
+    """
+    divisors = [b for b in range(16, 1025) if classes % (b * parts) == 0]
+    whole_vectors = [b for b in divisors if b % 16 == 0]
+    return min(whole_vectors or divisors, key=lambda b: abs(b * b - classes)) if classes > 1000 and divisors else None

@@ -1,0 +1,94 @@
+"""The axis along which the classes lie: whole in one array, or in parts on several devices."""
+
+import math
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AxisType
+from jaxtyping import Array, Bool, Float, Integer, Num
+
+
+@dataclass(frozen=True)
+class ClassAxis:
+    """What differs where the classes are in parts. Reductions over this axis leave nothing that depends on a part.
+
+    That happens in three ways. Inside `jax.shard_map` an array *is* one part, and `names` are the mesh axes over
+    which the parts lie. Under explicit sharding the array says so. Under automatic sharding only the compiler knows.
+    """
+
+    index: int  # counted from the front
+    names: tuple[str, ...] = ()
+
+    def size(self, x: Array) -> int:
+        """How many classes there are in all parts."""
+        return x.shape[self.index] * jax.lax.axis_size(self.names)
+
+    def max(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
+        """Largest entry of each row, with the axis kept; -inf if there are no classes."""
+        m = jnp.max(x, self.index, keepdims=True, initial=-jnp.inf)
+        return jax.lax.pmax(m, self.names) if self.names else m
+
+    def sum(self, x: Num[Array, "..."] | Bool[Array, "..."], keepdims: bool = False) -> Num[Array, "..."]:
+        """Sum over all classes."""
+        return self.total(jnp.sum(x, self.index, keepdims=keepdims))
+
+    def total(self, of_part: Num[Array, "..."]) -> Num[Array, "..."]:
+        """Sum over the parts of what each has summed by itself."""
+        return jax.lax.psum(of_part, self.names) if self.names else of_part
+
+    def first(self, mask: Bool[Array, "..."]) -> Integer[Array, "..."]:
+        """The first class of each row where `mask` is True, without an argmax, which would gather its candidates."""
+        local = jax.lax.broadcasted_iota(jnp.int32, mask.shape, self.index)
+        none = mask.shape[self.index]
+        first = jnp.min(jnp.where(mask, local, none), self.index, initial=none)
+        if not self.names:
+            return first
+        return jax.lax.pmin(jnp.where(first < none, first + self._start(mask), self.size(mask)), self.names)
+
+    def local(self, index: Integer[Array, "..."], x: Array) -> Integer[Array, "..."]:
+        """Class `index` counted from the first class of the part `x`; outside of `[0, x's classes)` if in another."""
+        return index - self._start(x) if self.names else index
+
+    def one_hot(self, index: Integer[Array, "..."], x: Array) -> Bool[Array, "..."]:
+        """Mask of the shape of `x`, True at class `index`."""
+        return one_hot(self.local(index, x), x.shape, self.index)
+
+    def take(self, x: Float[Array, "..."], index: Integer[Array, "..."]) -> Float[Array, "..."]:
+        """The entry of class `index >= 0` in each row, without a derivative of its own; NaN if there is none."""
+        if not x.shape[self.index]:
+            return jnp.full(index.shape, jnp.nan, x.dtype)
+        if self.names:
+            local = self.local(index, x)
+            inside = (local >= 0) & (local < x.shape[self.index])
+            entry = jnp.where(inside, self._gather(x, local, "clip"), 0.0)
+        elif self.is_sharded(x):
+            entry = jnp.where(self.one_hot(index, x), x, 0.0).sum(self.index)
+        else:
+            return self._gather(x, index, "fill")
+        return jnp.where(index < self.size(x), self.total(entry), jnp.nan)
+
+    def is_sharded(self, x: Array) -> bool:
+        """Whether explicit sharding splits the classes of `x`, which then cannot be indexed, only masked."""
+        return jax.typeof(x).sharding.spec[self.index] is not None
+
+    def unseen_parts(self, x: Array) -> int:
+        """Into how many parts the compiler might split the classes of `x` at most; 1 if they surely stay whole."""
+        mesh = jax.typeof(x).sharding.mesh
+        if mesh.empty:
+            return jax.device_count()
+        sizes = zip(mesh.axis_sizes, mesh.axis_types, strict=True)
+        return math.prod(size for size, kind in sizes if kind == AxisType.Auto)
+
+    def _start(self, x: Array) -> Integer[Array, ""]:
+        return jax.lax.axis_index(self.names) * x.shape[self.index]
+
+    def _gather(self, x: Array, index: Integer[Array, "..."], mode: str) -> Array:
+        entry = jnp.take_along_axis(x, jnp.expand_dims(index, self.index), self.index, mode=mode)
+        return jnp.squeeze(entry, self.index)
+
+
+def one_hot(index: Integer[Array, "..."], shape: tuple[int, ...], axis: int) -> Bool[Array, "..."]:
+    """Mask of the given shape, True where the position along `axis` is `index`."""
+    position = jax.lax.broadcasted_iota(index.dtype, shape, axis)
+    return position == jnp.expand_dims(index, axis)
