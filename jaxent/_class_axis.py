@@ -37,14 +37,17 @@ class ClassAxis:
         """Sum over the parts of what each has summed by itself."""
         return jax.lax.psum(of_part, self.names) if self.names else of_part
 
-    def first(self, mask: Bool[Array, "..."]) -> Integer[Array, "..."]:
-        """The first class of each row where `mask` is True, without an argmax, which would gather its candidates."""
-        local = jax.lax.broadcasted_iota(jnp.int32, mask.shape, self.index)
-        none = mask.shape[self.index]
-        first = jnp.min(jnp.where(mask, local, none), self.index, initial=none)
+    def argmax(self, x: Float[Array, "..."], m: Float[Array, "..."]) -> Integer[Array, "..."]:
+        """The first class of each row that equals the row's maximum `m`."""
+        classes = x.shape[self.index]
+        if not self.names and self.are_few(x):
+            return jnp.argmax(x, self.index)
+        # jnp.argmax is slow on CPUs, and gathers a candidate of each part.
+        position = jax.lax.broadcasted_iota(jnp.int32, x.shape, self.index)
+        first = jnp.min(jnp.where(x == m, position, classes), self.index, initial=classes)
         if not self.names:
             return first
-        return jax.lax.pmin(jnp.where(first < none, first + self._start(mask), self.size(mask)), self.names)
+        return jax.lax.pmin(jnp.where(first < classes, first + self._start(x), self.size(x)), self.names)
 
     def local(self, index: Integer[Array, "..."], x: Array) -> Integer[Array, "..."]:
         """Class `index` counted from the first class of the part `x`; outside of `[0, x's classes)` if in another."""
@@ -68,12 +71,16 @@ class ClassAxis:
             return self._gather(x, index, "fill")
         return jnp.where(index < self.size(x), self.total(entry), jnp.nan)
 
+    def are_few(self, x: Array) -> bool:
+        """Whether the classes of `x` are so few that they may be written out one by one, and all in one place."""
+        return x.shape[self.index] <= 32 and not self.is_sharded(x) and self.unseen_parts(x) == 1
+
     def is_sharded(self, x: Array) -> bool:
         """Whether explicit sharding splits the classes of `x`, which then cannot be indexed, only masked."""
         return jax.typeof(x).sharding.spec[self.index] is not None
 
     def unseen_parts(self, x: Array) -> int:
-        """Into how many parts the compiler might split the classes of `x` at most; 1 if they surely stay whole."""
+        """Into how many parts automatic sharding might split the classes of `x` at most."""
         mesh = jax.typeof(x).sharding.mesh
         if mesh.empty:
             return jax.device_count()

@@ -191,7 +191,7 @@ def log_softmax_core(x: Float[Array, "..."], axis: ClassAxis) -> Float[Array, ".
     if not x.shape[axis.index]:
         return x
     m = axis.max(x)
-    others = sum_exp_except(x, m, axis.first(x == m), axis)
+    others = sum_exp_except(x, m, axis.argmax(x, m), axis)
     log_sum = jnp.expand_dims(log_near_one(jax.lax.optimization_barrier(1.0 + others), others), axis.index)
     d = difference(x, m)
     return d - jnp.where(m == jnp.inf, jnp.nan, log_sum)  # softmax is undefined beside +inf
@@ -260,16 +260,14 @@ def _sum_exp_except(
 ) -> Float[Array, "..."]:
     """The same over the classes in `x` alone, with `index` counted among them; it may lie outside."""
     classes = x.shape[axis.index]
-    # What follows slices the class axis, which moves data between devices if they hold parts of it.
-    parts = 2 if axis.is_sharded(x) else axis.unseen_parts(x)
-    if classes <= 32 and parts == 1:
+    if axis.are_few(x):
         # Unrolled, XLA makes one pass over the rows of it, where a masked sum over the axis takes two.
         largest, total = jnp.squeeze(m, axis.index), jnp.zeros(index.shape, x.dtype)
         for k in range(classes):
             e = jnp.exp(jax.lax.index_in_dim(x, k, axis.index, keepdims=False) - largest)
             total += jnp.where(index == k, 0.0, e)
         return total
-    block = None if axis.is_sharded(x) else _block_size(classes, parts)
+    block = None if axis.is_sharded(x) else _block_size(classes, axis.unseen_parts(x))
     if axis.index != x.ndim - 1 or block is None:
         e = jnp.exp(x - m)
         return jnp.sum(jnp.where(one_hot(index, x.shape, axis.index), 0.0, e), axis.index)
@@ -287,7 +285,7 @@ def _block_size(classes: int, parts: int) -> int | None:
 
     XLA's CPU backend vectorises a plain sum and not a masked one, so only the block that holds the class to leave out
     is summed again under a mask. Blocks near the square root make the shortest sums, which round least. If the
-    compiler may split the classes into `parts`, whole blocks must lie in each.
+    compiler may split the classes into `parts`, each must hold whole blocks.
     """
     divisors = [b for b in range(16, 1025) if classes % (b * parts) == 0]
     whole_vectors = [b for b in divisors if b % 16 == 0]
