@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -99,3 +100,13 @@ def one_hot(index: Integer[Array, "..."], shape: tuple[int, ...], axis: int) -> 
     """Mask of the given shape, True where the position along `axis` is `index`."""
     position = jax.lax.broadcasted_iota(index.dtype, shape, axis)
     return position == jnp.expand_dims(index, axis)
+
+
+def vary(x: Array, *like: Any) -> Array:
+    """`x`, typed inside `jax.shard_map` as differing between devices wherever an array in `like` does.
+
+    The state of a loop must be typed so from the start. The sum of no entries is a 0 of the right type.
+    """
+    for array in jax.tree.leaves(like):
+        x = x + jnp.sum(jnp.ravel(array)[:0]).astype(x.dtype)
+    return x

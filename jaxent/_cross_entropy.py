@@ -109,7 +109,7 @@ def cross_entropy(
     check_where("logits", logits.shape, where)
     check_weight(weight, logits.shape[classes.index])
     check_labels("logits", logits.shape, labels, classes, ignore_index)
-    return _cross_entropy(
+    return cross_entropy_core(
         logits,
         labels,
         where,
@@ -123,7 +123,7 @@ def cross_entropy(
 
 
 @partial(jax.jit, static_argnums=(4, 5, 6, 7, 8))
-def _cross_entropy(
+def cross_entropy_core(
     logits: FloatArray,
     labels: LabelArray,
     where: BoolArray | None,
@@ -134,6 +134,7 @@ def _cross_entropy(
     label_smoothing: float,
     z_loss: float,
 ) -> Float[Array, "..."]:
+    """`cross_entropy` of checked arguments."""
     x, keep, empty = hide_classes(to_compute_dtype(logits), where, axis)
     loss_of_all = z_loss * logsumexp_core(x, axis) ** 2 if z_loss else None  # what no class weight touches
     uniform = _uniform(label_smoothing, x, keep, axis) if label_smoothing else None

@@ -118,9 +118,8 @@ def read_labels(
     labels = jnp.asarray(labels)
     if labels.dtype.itemsize < 4:  # so that `classes` and `ignore_index` fit the dtype they are compared in
         labels = labels.astype(jnp.int32)
-    counts = None
-    if ignore_index is not None and _representable(ignore_index, labels.dtype):
-        counts = labels != ignore_index
+    counts = counting(labels, ignore_index)
+    if counts is not None:
         labels = jnp.where(counts, labels, 0)
     # A label too large stays as it is for `checkify.index_checks` to report; a negative one must not wrap around.
     largest = jnp.iinfo(jnp.int32).max
@@ -146,9 +145,12 @@ def _weight_of(
     return jnp.where(index < axis.size(weight), axis.total(of_part), jnp.nan)
 
 
-def _representable(value: int, dtype: jnp.dtype) -> bool:
-    info = jnp.iinfo(dtype)
-    return info.min <= value <= info.max
+def counting(labels: LabelArray, ignore_index: int | None) -> Bool[Array, "..."] | None:
+    """Which examples count; None if all of them do."""
+    if ignore_index is None or jnp.issubdtype(labels.dtype, jnp.floating):
+        return None
+    info = jnp.iinfo(labels.dtype)
+    return jnp.asarray(labels != ignore_index) if info.min <= ignore_index <= info.max else None
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(2,))
@@ -203,10 +205,13 @@ def reduce_weighted(
     if reduction == "none":
         return loss
     total = jnp.sum(loss)
-    if reduction == "sum":
-        return total
+    return total if reduction == "sum" else total / mean_divisor(target, loss.dtype)
+
+
+def mean_divisor(target: Target, dtype: jnp.dtype) -> Float[Array, ""]:
+    """The summed weights of the examples that count; NaN if that is 0."""
     if target.weight is not None:
         divisor = jnp.sum(target.weight)
     else:
-        divisor = jnp.asarray(loss.size if target.counts is None else jnp.sum(target.counts), loss.dtype)
-    return total / jnp.where(divisor == 0.0, jnp.nan, divisor)
+        divisor = jnp.asarray(target.label.size if target.counts is None else jnp.sum(target.counts), dtype)
+    return jnp.where(divisor == 0.0, jnp.nan, divisor)

@@ -1,0 +1,93 @@
+"""Walking over tokens a chunk at a time, so that only one chunk's logits exist at once."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Integer
+
+
+def default_chunk_size(tokens: int, features: int) -> int:
+    """Tokens whose logits are held at once.
+
+    Matrix products want hundreds of rows, and every chunk reads the kernel and updates its gradient once more. A
+    quarter of the features keeps the logits of a chunk at a quarter of the kernel's size. Chunks are of equal size as
+    nearly as multiples of 16 allow.
+    """
+    limit = min(max(256, features // 4), 1024)
+    if tokens <= limit:
+        return max(tokens, 1)
+    even = math.ceil(tokens / math.ceil(tokens / limit))
+    return min(-16 * (-even // 16), limit)
+
+
+@dataclass(frozen=True)
+class Chunks:
+    """Which tokens the steps of a loop work on."""
+
+    steps: int | Integer[Array, ""]
+    size: int
+    take: Callable[[Array, int | Integer[Array, ""]], Array]  # a step's rows of an array with a row per token
+    put: Callable[[Array, Array, int | Integer[Array, ""]], Array]  # write a step's rows into a buffer
+    counts: Callable[[int | Integer[Array, ""]], Bool[Array, " size"]]  # False: the row is ignored, or none at all
+    spread: Callable[[Array], Array]  # an array with a row per token, as `take` and `put` want it
+    gather: Callable[[Array], Array]  # the way back
+
+
+def packed_chunks(tokens: int, size: int, counts: Bool[Array, " tokens"] | None, *, skip: bool) -> Chunks:
+    """The tokens that count first; with `skip`, the loop ends after them, and no work is done for the others.
+
+    A number of steps that depends on data cannot be differentiated backwards. The tokens are indexed freely, so all
+    of them must be on one device.
+    """
+    steps = math.ceil(tokens / size)
+    if counts is None:
+        order, live = jnp.arange(tokens), tokens
+    else:
+        order, live = jnp.argsort(~counts, stable=True), jnp.sum(counts, dtype=jnp.int32)
+        if skip:
+            steps = (live + size - 1) // size
+
+    def position(i: int | Integer[Array, ""]) -> Integer[Array, " size"]:
+        return i * size + jnp.arange(size)
+
+    def row(i: int | Integer[Array, ""]) -> Integer[Array, " size"]:
+        # Positions behind the last token lead nowhere, and each to another nowhere: AD wants them unique.
+        return jnp.where(position(i) < tokens, order.at[position(i)].get(mode="clip"), position(i))
+
+    def take(rows: Array, i: int | Integer[Array, ""]) -> Array:
+        return rows.at[row(i)].get(mode="clip")
+
+    def put(buffer: Array, rows: Array, i: int | Integer[Array, ""]) -> Array:
+        return buffer.at[row(i)].set(rows, mode="drop", unique_indices=True)
+
+    return Chunks(steps, size, take, put, lambda i: position(i) < live, lambda rows: rows, lambda rows: rows)
+
+
+def strided_chunks(tokens: int, size: int, counts: Bool[Array, " tokens"] | None) -> Chunks:
+    """Every step takes tokens from everywhere, one of each run of `steps` tokens.
+
+    Where the compiler has split the tokens over devices, each then has its share in every step, and no token moves.
+    """
+    least = math.ceil(tokens / size)
+    steps = next((k for k in range(least, 2 * least) if tokens % k == 0), least)
+    size = math.ceil(tokens / max(steps, 1))
+    missing = size * steps - tokens
+
+    def spread(rows: Array) -> Array:
+        padded = jnp.pad(rows, [(0, missing)] + [(0, 0)] * (rows.ndim - 1)) if missing else rows
+        return padded.reshape(size, steps, *rows.shape[1:])
+
+    def gather(rows: Array) -> Array:
+        return rows.reshape(size * steps, *rows.shape[2:])[:tokens]
+
+    def take(rows: Array, i: int | Integer[Array, ""]) -> Array:
+        return jax.lax.dynamic_index_in_dim(rows, i, 1, keepdims=False)
+
+    def put(buffer: Array, rows: Array, i: int | Integer[Array, ""]) -> Array:
+        return jax.lax.dynamic_update_index_in_dim(buffer, rows, i, 1)
+
+    live = spread(jnp.ones(tokens, bool) if counts is None else counts)
+    return Chunks(steps, size, take, put, lambda i: take(live, i), spread, gather)

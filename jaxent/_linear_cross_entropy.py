@@ -1,0 +1,569 @@
+"""Cross-entropy of a linear layer's outputs, of which only a chunk exists at a time."""
+
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.custom_derivatives import SymbolicZero
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jaxtyping import Array, Float
+
+from ._check import (
+    AxisName,
+    FloatArray,
+    LabelArray,
+    Reduction,
+    check_axis_name,
+    check_floating,
+    check_ignore_index,
+    check_labels,
+    check_number,
+    check_reduction,
+    check_smoothing,
+    check_weight,
+)
+from ._chunks import Chunks, default_chunk_size, packed_chunks, strided_chunks
+from ._class_axis import ClassAxis, vary
+from ._cross_entropy import cross_entropy_core
+from ._nll import counting, mean_divisor, read_labels
+
+
+def linear_cross_entropy(
+    hidden: FloatArray,
+    kernel: FloatArray,
+    labels: LabelArray,
+    *,
+    bias: FloatArray | None = None,
+    weight: FloatArray | None = None,
+    ignore_index: int | None = -100,
+    reduction: Reduction = "mean",
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    softcap: float | None = None,
+    chunk_size: int | None = None,
+    axis_name: AxisName | None = None,
+) -> Float[Array, "..."]:
+    r"""Cross-entropy of `hidden @ kernel + bias`, holding only a chunk of these logits at any time.
+
+    $$x_i = h_i^\top W + b, \qquad \ell_i = -w_{y_i} \log \frac{\exp(x_{i, y_i})}{\sum_k \exp(x_{ik})}$$
+
+    Value and derivatives are those of `cross_entropy(hidden @ kernel + bias, labels, ...)`, whose docstring defines
+    the options. The logits of a language model take `tokens * classes * 4` bytes, and its gradient and temporaries as
+    much again; here a loop over chunks of tokens makes a chunk's logits, its losses and its share of the gradients,
+    and then forgets them. Differentiating costs no further matrix product except for `reduction="none"`, where the
+    logits are made once more, and gradients that are not asked for are not computed.
+
+    Args:
+        hidden: inputs of the linear layer, shape `(..., features)`; a floating dtype.
+        kernel: its weights, shape `(features, classes)`, as Flax has them; a floating dtype. Pass the transpose of
+            PyTorch's weight or of an embedding.
+        labels: class indices (an integer dtype, the shape of `hidden` without its last axis) or class probabilities
+            (a floating dtype, shape `(..., classes)`).
+        bias: shape `(classes,)`.
+        weight: one weight per class, shape `(classes,)`.
+        ignore_index: tokens with this label add nothing, whatever `hidden` holds there; None ignores none. Where all
+            tokens are on one device, no work is done for them but to fill up the last chunk.
+        reduction: `"none"`, `"mean"` or `"sum"`.
+        label_smoothing: share of the label, in [0, 1], that is spread evenly over the classes.
+        z_loss: factor of `logsumexp(logits) ** 2`, which is added to each token's loss.
+        softcap: replaces logits by `softcap * tanh(logits / softcap)`.
+        chunk_size: how many tokens' logits to hold at once; None chooses it from the shapes.
+        axis_name: inside `jax.shard_map`, the mesh axis (or a tuple of them, major first) over which the classes are
+            sharded. `kernel`, `bias`, `weight` and class probabilities are then this device's classes, while class
+            indices count through all of them; the reduction is over this device's tokens.
+
+    Returns:
+        A scalar, or one loss per token for `reduction="none"`; float32, or float64 for float64 arguments. Logits and
+        gradients of half-precision arguments are accumulated in float32, too.
+
+    Raises:
+        TypeError: an argument has the wrong dtype.
+        ValueError: a shape, an option or a sharding does not fit, or a label lies outside `[0, classes)`; see
+            `cross_entropy` for labels that are traced.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, jaxent
+        >>> hidden = jnp.array([[1.0, 2.0], [3.0, -1.0]])  # 2 tokens, 2 features
+        >>> kernel = jnp.array([[0.5, 0.0, -1.0], [0.0, 1.0, 0.5]])  # 3 classes
+        >>> labels = jnp.array([1, 0])
+        >>> loss, gradients = jax.value_and_grad(jaxent.linear_cross_entropy, argnums=(0, 1))(hidden, kernel, labels)
+        >>> print(f"{loss:.4f}", f"{jaxent.cross_entropy(hidden @ kernel, labels):.4f}")
+        0.1957 0.1957
+        >>> [gradient.shape for gradient in gradients]
+        [(2, 2), (2, 3)]
+
+    References:
+        [torch.nn.functional.linear_cross_entropy](https://docs.pytorch.org/docs/stable/generated/torch.nn.functional.linear_cross_entropy.html);
+        Wijmans et al. 2024, "Cut Your Losses in Large-Vocabulary Language Models";
+        Hsu et al. 2024, "Liger Kernel"; softcap: Gemma Team 2024, "Gemma 2".
+    """
+    _check(hidden, kernel, bias, softcap, chunk_size)
+    axis = ClassAxis(hidden.ndim - 1, check_axis_name(axis_name))
+    ignore_index = check_ignore_index(ignore_index)
+    check_reduction(reduction)
+    check_weight(weight, kernel.shape[1])
+    shape = (*hidden.shape[:-1], kernel.shape[1])
+    check_labels("hidden @ kernel", shape, labels, axis, ignore_index)
+    options = _Options(
+        ClassAxis(1, axis.names),
+        ignore_index,
+        check_smoothing(label_smoothing),
+        check_number("z_loss", z_loss),
+        None if softcap is None else float(softcap),
+        chunk_size,
+    )
+    return _linear_cross_entropy(_Arrays(hidden, kernel, bias, weight, labels), options, reduction)
+
+
+def _check(
+    hidden: FloatArray, kernel: FloatArray, bias: FloatArray | None, softcap: float | None, chunk_size: int | None
+) -> None:
+    check_floating("hidden", hidden)
+    check_floating("kernel", kernel)
+    if not hidden.ndim:
+        raise ValueError("hidden must have a feature axis, got a scalar of shape ()")
+    if kernel.ndim != 2 or kernel.shape[0] != hidden.shape[-1]:
+        raise ValueError(
+            f"kernel must have shape ({hidden.shape[-1]}, classes) to fit hidden of shape {hidden.shape}, "
+            f"got shape {kernel.shape}"
+        )
+    if bias is not None:
+        check_floating("bias", bias)
+        if bias.shape != kernel.shape[1:]:
+            raise ValueError(f"bias must have shape {kernel.shape[1:]}, one entry per class, got shape {bias.shape}")
+    if softcap is not None and not check_number("softcap", softcap) > 0.0:
+        raise ValueError(f"softcap must be positive or None, got {softcap}")
+    if chunk_size is not None and not (isinstance(chunk_size, int) and chunk_size > 0):
+        raise ValueError(f"chunk_size must be a positive integer or None, got {chunk_size!r}")
+
+
+class _Options(NamedTuple):
+    """What is compiled in."""
+
+    classes: ClassAxis
+    ignore_index: int | None
+    label_smoothing: float
+    z_loss: float
+    softcap: float | None
+    chunk_size: int | None
+
+
+class _Arrays(NamedTuple):
+    """What is not. `hidden` and `labels` have a row per token."""
+
+    hidden: FloatArray
+    kernel: FloatArray
+    bias: FloatArray | None
+    weight: FloatArray | None
+    labels: LabelArray
+
+
+class _Gradients(NamedTuple):
+    """Of a sum of losses, accumulated in at least float32; None where it is not wanted."""
+
+    hidden: Float[Array, "tokens features"] | None
+    kernel: Float[Array, "features classes"] | None
+    bias: Float[Array, " classes"] | None
+
+
+_Wanted = tuple[bool, bool, bool]
+
+
+@partial(jax.jit, static_argnums=(1, 2))
+def _linear_cross_entropy(arrays: _Arrays, options: _Options, reduction: Reduction) -> Float[Array, "..."]:
+    scale = None if reduction == "none" else _scale(options, arrays, reduction)
+    arrays = _Arrays(*jax.tree.map(jnp.asarray, arrays))
+    of_hidden, of_kernel = (jax.typeof(x).sharding for x in (arrays.hidden, arrays.kernel))
+    if not any(of_hidden.spec) and not any(of_kernel.spec):
+        return _on_device(options, arrays, scale)
+
+    # Explicit sharding tells where tokens and classes are, so that every device can loop over its own tokens.
+    mesh = of_hidden.mesh
+    *lead, of_features = of_hidden.spec
+    if of_features is not None or of_kernel.spec[0] is not None:
+        raise ValueError(
+            f"the feature axis of hidden and kernel must not be sharded, got shardings {of_hidden.spec} "
+            f"and {of_kernel.spec}; jax.sharding.reshard gathers it"
+        )
+    token_names, class_names = _names(*lead), _names(of_kernel.spec[1])
+    if set(token_names) & set(class_names):
+        raise ValueError(
+            f"hidden's tokens and kernel's classes must be sharded over different mesh axes, got shardings "
+            f"{of_hidden.spec} and {of_kernel.spec}"
+        )
+    of_classes = PartitionSpec(of_kernel.spec[1])
+    of_labels = PartitionSpec(*lead, *(of_classes if arrays.labels.ndim > len(lead) else ()))
+    specs = _Arrays(of_hidden.spec, of_kernel.spec, of_classes, of_classes, of_labels)
+    specs = _Arrays(*(None if x is None else spec for x, spec in zip(arrays, specs, strict=True)))
+    arrays = jax.tree.map(lambda x, spec: jax.sharding.reshard(x, NamedSharding(mesh, spec)), arrays, specs)
+    options = options._replace(classes=ClassAxis(1, class_names))
+
+    def part(arrays: _Arrays, scale: Array | None) -> Array:
+        loss = _on_device(options, arrays, scale)
+        return loss if scale is None else jax.lax.psum(loss, token_names)
+
+    explicit = [
+        name for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind == AxisType.Explicit
+    ]
+    return jax.shard_map(
+        part,
+        mesh=mesh,
+        in_specs=(specs, None if scale is None else PartitionSpec()),
+        out_specs=PartitionSpec(*lead) if scale is None else PartitionSpec(),
+        axis_names=set(explicit),
+    )(arrays, scale)
+
+
+def _names(*entries: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    """The mesh axes in entries of a PartitionSpec."""
+    return tuple(name for entry in entries if entry for name in ((entry,) if isinstance(entry, str) else entry))
+
+
+def _scale(options: _Options, arrays: _Arrays, reduction: Reduction) -> Float[Array, ""]:
+    """The factor of the summed losses."""
+    dtype = _compute_dtype(arrays)
+    if reduction == "sum":
+        return jnp.ones((), dtype)
+    classes = options.classes.size(arrays.kernel)
+    if jnp.issubdtype(arrays.labels.dtype, jnp.floating):
+        tokens = math.prod(arrays.hidden.shape[:-1])
+        return 1.0 / jnp.asarray(tokens if classes else jnp.nan, dtype)
+    names = options.classes.names
+    target = read_labels(arrays.labels, classes, arrays.weight, options.ignore_index, dtype, names)
+    return 1.0 / mean_divisor(target, dtype)
+
+
+def _on_device(options: _Options, arrays: _Arrays, scale: Float[Array, ""] | None) -> Float[Array, "..."]:
+    """Losses of this device's tokens, or their scaled sum."""
+    lead = arrays.hidden.shape[:-1]
+    tokens = math.prod(lead)
+    arrays = arrays._replace(
+        hidden=arrays.hidden.reshape(tokens, arrays.hidden.shape[-1]),
+        labels=arrays.labels.reshape(tokens, *arrays.labels.shape[len(lead) :]),
+    )
+    return _losses(options, arrays).reshape(lead) if scale is None else _total(options, arrays, scale)
+
+
+def _compute_dtype(arrays: _Arrays) -> jnp.dtype:
+    return jnp.promote_types(jnp.result_type(arrays.hidden, arrays.kernel), jnp.float32)
+
+
+# Two functions of the arrays: the losses one by one, and their scaled sum. The rules of both are loops in which the
+# logits' gradient is made and used up chunk by chunk. The sum knows its cotangent but for a factor, so its gradients
+# come together with the losses: three matrix products in all. The single losses wait for their cotangents and then
+# make the logits anew: four.
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _total(options: _Options, arrays: _Arrays, scale: Float[Array, ""]) -> Float[Array, ""]:
+    """`scale * sum(losses)`."""
+    return scale * jnp.sum(_losses(options, arrays))
+
+
+@partial(_total.defjvp, symbolic_zeros=True)
+def _total_jvp(options: _Options, primals: tuple[_Arrays, Array], tangents: tuple[Any, Any]) -> tuple[Array, Array]:
+    arrays, scale = primals
+    arrays_dot, scale_dot = tangents
+    if _is_perturbed(arrays_dot.weight) or _is_perturbed(arrays_dot.labels):
+        return _jvp_by_ad(lambda arrays, scale: scale * jnp.sum(_sweep_losses(options, arrays)), primals, tangents)
+    wanted, linear_dot = _wanted(arrays_dot)
+    losses, gradients = _losses_and_gradients(
+        options, wanted, arrays, jnp.broadcast_to(scale, arrays.hidden.shape[:1])
+    )
+    terms = [jnp.sum(g * t.astype(g.dtype)) for g, t in zip(jax.tree.leaves(gradients), linear_dot, strict=True)]
+    tangent = options.classes.total(sum(terms, jnp.zeros((), losses.dtype)))
+    total = jnp.sum(losses)
+    if _is_perturbed(scale_dot):
+        tangent += total * scale_dot
+    return scale * total, tangent
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _losses(options: _Options, arrays: _Arrays) -> Float[Array, " tokens"]:
+    """The loss of each token."""
+    return _sweep(options, (False, False, False), arrays, None)[0]
+
+
+@partial(_losses.defjvp, symbolic_zeros=True)
+def _losses_jvp(options: _Options, primals: tuple[_Arrays], tangents: tuple[Any]) -> tuple[Array, Array]:
+    (arrays,), (arrays_dot,) = primals, tangents
+    if _is_perturbed(arrays_dot.weight) or _is_perturbed(arrays_dot.labels):
+        return _jvp_by_ad(partial(_sweep_losses, options), primals, tangents)
+    wanted, linear_dot = _wanted(arrays_dot)
+    tangent = _directional(options, wanted, arrays, linear_dot)
+    return _losses(options, arrays), options.classes.total(tangent)
+
+
+def _directional(
+    options: _Options, wanted: _Wanted, arrays: _Arrays, direction: tuple[Array, ...]
+) -> Float[Array, " tokens"]:
+    """Derivative J of each loss along `direction`: `J v`, whose transpose is `_losses_and_gradients`.
+
+    AD would transpose the loop of `J v` to one that makes a new array of the kernel's size in every step. The public
+    way to name a linear function's transpose oneself, under every transform, is custom_linear_solve: the solution of
+    [[1, 0], [-J, 1]] (v, u) = (v, 0) is (v, J v), and that of the transposed system for (0, c) is (J^T c, c).
+    """
+
+    def along(v: tuple[Array, ...]) -> Array:
+        return _sweep_directional(options, wanted, arrays, v)
+
+    def transposed(c: Array) -> tuple[Array, ...]:
+        gradients = _losses_and_gradients(options, wanted, arrays, c)[1]
+        return tuple(jax.tree.leaves(gradients))
+
+    def matvec(v_u: Any) -> Any:
+        v, u = v_u
+        # For second derivatives custom_linear_solve wants every output, here and in the transpose, to depend on the
+        # arrays: this 1 is 1 plus the sum of no entries of each.
+        one = vary(jnp.ones((), zero.dtype), arrays)
+        return tuple(one * part for part in v), one * u - along(v)
+
+    def solve(_: Callable[[Any], Any], v_u: Any) -> Any:
+        v, u = v_u
+        return v, u + along(v)
+
+    def transpose_solve(_: Callable[[Any], Any], v_u: Any) -> Any:
+        v, u = v_u
+        return tuple(a + b for a, b in zip(v, transposed(u), strict=True)), u
+
+    zero = vary(jnp.zeros(arrays.hidden.shape[0], _compute_dtype(arrays)), arrays, direction)
+    direction = tuple(vary(v.astype(zero.dtype), zero) for v in direction)
+    return jax.lax.custom_linear_solve(matvec, (direction, zero), solve, transpose_solve)[1]
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(0, 1))
+def _losses_and_gradients(
+    options: _Options, wanted: _Wanted, arrays: _Arrays, scale: Float[Array, " tokens"]
+) -> tuple[Float[Array, " tokens"], _Gradients]:
+    """Losses, and the gradients of `sum(scale * losses)`; this device's terms of them if the classes are split."""
+    return _sweep(options, wanted, arrays, scale)
+
+
+@partial(_losses_and_gradients.defjvp, symbolic_zeros=True)
+def _losses_and_gradients_jvp(options: _Options, wanted: _Wanted, primals: Any, tangents: Any) -> tuple[Any, Any]:
+    return _jvp_by_ad(partial(_sweep, options, wanted, differentiable=True), primals, tangents)
+
+
+def _sweep(
+    options: _Options,
+    wanted: _Wanted,
+    arrays: _Arrays,
+    scale: Float[Array, " tokens"] | None,
+    *,
+    differentiable: bool = False,
+) -> tuple[Float[Array, " tokens"], _Gradients]:
+    """One loop over chunks of tokens: the losses, and the wanted gradients of `sum(scale * losses)`.
+
+    It updates the gradients in place. With `differentiable` every operation is one that AD can differentiate in both
+    directions, recomputing each chunk, at the price of one more array of the kernel's size.
+    """
+    hidden, kernel, bias, weight, labels = arrays
+    tokens, dtype = hidden.shape[0], _compute_dtype(arrays)
+    chunks = _chunks(options, arrays, skip=not differentiable)
+    operand = jnp.result_type(hidden, kernel)
+    kernel = kernel.astype(operand)
+    gradient_wanted = any(wanted)
+    largest = None
+    if scale is not None and operand.itemsize < 4:  # the factor of 1 / tokens would leave the range of float16
+        largest = jax.lax.stop_gradient(jnp.max(jnp.abs(scale), initial=0.0))
+        largest = jnp.where((largest > 0.0) & jnp.isfinite(largest), largest, 1.0)
+        scale = scale / largest
+
+    def products(
+        x: Array, kernel: Array, bias: Array | None, weight: Array | None, labels: Array, s: Array
+    ) -> tuple[Array, tuple[Array | None, Array | None, Array | None]]:
+        loss, g = _chunk(options, x, kernel, bias, weight, labels, s if gradient_wanted else None)
+        if g is None:
+            return loss, (None, None, None)
+        bias_term = jnp.sum(g, 0) if wanted[2] else None
+        g = g.astype(operand)
+        hidden_term = _dot(kernel, g, 1, 1, dtype).T if wanted[0] else None  # in this order faster on CPUs
+        kernel_term = (_dot(x, g, 0, 0, dtype) if differentiable else g) if wanted[1] else None
+        return loss, (hidden_term, kernel_term, bias_term)
+
+    if differentiable:
+        products = jax.checkpoint(products)
+    by_token = jax.tree.map(chunks.spread, (hidden, labels, jnp.ones(tokens, dtype) if scale is None else scale))
+
+    def step(i: Any, carry: tuple[Array, _Gradients]) -> tuple[Array, _Gradients]:
+        losses, gradients = carry
+        counts = chunks.counts(i)
+        x, y, s = jax.tree.map(lambda rows: chunks.take(rows, i), by_token)
+        x = jnp.where(counts[:, None], x, 0).astype(operand)  # NaNs of a row that does not count must not spread
+        s = jnp.where(counts, s, 0.0)
+        loss, (hidden_term, kernel_term, bias_term) = products(x, kernel, bias, weight, y, s)
+        of_hidden, of_kernel, of_bias = gradients
+        if of_hidden is not None:
+            of_hidden = chunks.put(of_hidden, hidden_term, i)
+        if of_kernel is not None:
+            of_kernel = of_kernel + kernel_term if differentiable else _add_product(of_kernel, x, kernel_term)
+        if of_bias is not None:
+            of_bias = of_bias + bias_term
+        losses = chunks.put(losses, jnp.where(counts, loss, 0.0), i)
+        return losses, _Gradients(of_hidden, of_kernel, of_bias)
+
+    zero = vary(jnp.zeros((), dtype), arrays, scale)
+    start = (
+        chunks.spread(jnp.broadcast_to(options.classes.total(zero), tokens)),
+        _Gradients(
+            chunks.spread(jnp.broadcast_to(zero, hidden.shape)) if wanted[0] else None,
+            jnp.broadcast_to(zero, kernel.shape) if wanted[1] else None,
+            jnp.broadcast_to(zero, kernel.shape[1]) if wanted[2] else None,
+        ),
+    )
+    losses, gradients = jax.lax.fori_loop(0, chunks.steps, step, start)
+    if wanted[0]:
+        gradients = gradients._replace(hidden=chunks.gather(gradients.hidden))
+    if largest is not None:
+        gradients = jax.tree.map(lambda g: g * largest, gradients)
+    return chunks.gather(losses), gradients
+
+
+def _sweep_losses(options: _Options, arrays: _Arrays) -> Float[Array, " tokens"]:
+    """`_losses` for AD."""
+    return _sweep(options, (False, False, False), arrays, None, differentiable=True)[0]
+
+
+def _sweep_directional(
+    options: _Options, wanted: _Wanted, arrays: _Arrays, direction: tuple[Array, ...]
+) -> Float[Array, " tokens"]:
+    """The derivative of each loss along `direction`, for AD; this device's term of it if the classes are split."""
+    hidden, kernel, bias, weight, labels = arrays
+    dtype = _compute_dtype(arrays)
+    chunks = _chunks(options, arrays, skip=False)
+    parts = iter(direction)
+    hidden_dot, kernel_dot, bias_dot = (next(parts) if want else None for want in wanted)
+
+    @jax.checkpoint
+    def along(
+        x: Array, kernel: Array, bias: Array | None, weight: Array | None, y: Array, direction: list[Array | None]
+    ) -> Array:
+        x_dot, kernel_dot, bias_dot = direction
+        g = _chunk(options, x, kernel, bias, weight, y, jnp.ones(x.shape[0], dtype))[1]
+        terms = []
+        if x_dot is not None:
+            terms.append(_dot(x_dot, kernel.astype(dtype), 1, 0, dtype))
+        if kernel_dot is not None:
+            terms.append(_dot(x.astype(dtype), kernel_dot, 1, 0, dtype))
+        if bias_dot is not None:
+            terms.append(jnp.broadcast_to(bias_dot, g.shape))
+        return jnp.sum(g * sum(terms[1:], terms[0]), 1)
+
+    operand = jnp.result_type(hidden, kernel)
+    kernel = kernel.astype(operand)
+    by_token = jax.tree.map(chunks.spread, (hidden, labels, hidden_dot))
+
+    def step(i: Any, tangent: Array) -> Array:
+        counts = chunks.counts(i)
+        x, y, x_dot = jax.tree.map(lambda rows: chunks.take(rows, i), by_token)
+        x = jnp.where(counts[:, None], x, 0).astype(operand)
+        rows = along(x, kernel, bias, weight, y, [x_dot, kernel_dot, bias_dot])
+        return chunks.put(tangent, jnp.where(counts, rows, 0.0), i)
+
+    start = vary(chunks.spread(jnp.zeros(hidden.shape[0], dtype)), arrays, direction)
+    return chunks.gather(jax.lax.fori_loop(0, chunks.steps, step, start))
+
+
+def _chunk(
+    options: _Options,
+    x: Float[Array, "size features"],
+    kernel: Float[Array, "features classes"],
+    bias: Float[Array, " classes"] | None,
+    weight: Float[Array, " classes"] | None,
+    labels: Array,
+    scale: Float[Array, " size"] | None,
+) -> tuple[Float[Array, " size"], Float[Array, "size classes"] | None]:
+    """Losses of a few tokens, and the gradients of `sum(scale * losses)` with respect to their logits."""
+    dtype = jnp.promote_types(x.dtype, jnp.float32)
+    logits = _dot(x, kernel, 1, 0, dtype)
+    if bias is not None:
+        logits += bias.astype(dtype)
+
+    def losses(logits: Array) -> Array:
+        if options.softcap is not None:
+            logits = options.softcap * jnp.tanh(logits / options.softcap)
+        return cross_entropy_core(
+            logits,
+            labels,
+            None,
+            weight,
+            options.classes,
+            options.ignore_index,
+            "none",
+            options.label_smoothing,
+            options.z_loss,
+        )
+
+    if scale is None:
+        return losses(logits), None
+    loss, pullback = jax.vjp(losses, logits)
+    (gradient,) = pullback(vary(scale / _psum_gain(options.classes.names, dtype), loss))
+    return loss, gradient
+
+
+def _psum_gain(names: tuple[str, ...], dtype: jnp.dtype) -> Float[Array, ""] | float:
+    """What the transpose of psum multiplies by: 1, but the number of devices under `shard_map(check_vma=False)`."""
+    if not names:
+        return 1.0
+    zero = jax.lax.axis_index(names).astype(dtype) * 0.0
+    total, pullback = jax.vjp(lambda x: jax.lax.psum(x, names), zero)
+    return jax.lax.pmax(pullback(jnp.ones_like(total))[0], names)
+
+
+def _add_product(total: Float[Array, "features classes"], x: Array, g: Array) -> Float[Array, "features classes"]:
+    """`total + x.T @ g`, in place, a few rows at a time: the whole product would be a second array of that size."""
+    features = total.shape[0]
+    rows = min(max(x.shape[0] // 8, 8), features)
+
+    def add(start: Any, rows: int, total: Array) -> Array:
+        part = _dot(jax.lax.dynamic_slice_in_dim(x, start, rows, 1), g, 0, 0, total.dtype)
+        part += jax.lax.dynamic_slice_in_dim(total, start, rows, 0)
+        return jax.lax.dynamic_update_slice_in_dim(total, part, start, 0)
+
+    whole, rest = divmod(features, rows)
+    total = jax.lax.fori_loop(0, whole, lambda i, total: add(i * rows, rows, total), total)
+    return add(whole * rows, rest, total) if rest else total
+
+
+def _dot(a: Array, b: Array, a_axis: int, b_axis: int, dtype: jnp.dtype) -> Array:
+    """Product of two matrices, contracting the given axes, accumulated and returned in `dtype`."""
+    return jax.lax.dot_general(a, b, (((a_axis,), (b_axis,)), ((), ())), preferred_element_type=dtype)
+
+
+def _chunks(options: _Options, arrays: _Arrays, *, skip: bool) -> Chunks:
+    tokens, features = arrays.hidden.shape
+    size = options.chunk_size or default_chunk_size(tokens, features)
+    counts = counting(arrays.labels, options.ignore_index)
+    # Under automatic sharding nobody knows yet how the tokens will be split.
+    if ClassAxis(0).unseen_parts(arrays.hidden) > 1:
+        return strided_chunks(tokens, size, counts)
+    return packed_chunks(tokens, size, counts, skip=skip)
+
+
+def _wanted(arrays_dot: Any) -> tuple[_Wanted, tuple[Array, ...]]:
+    """Which of hidden, kernel and bias have tangents, and those tangents."""
+    linear = (arrays_dot.hidden, arrays_dot.kernel, arrays_dot.bias)
+    wanted = tuple(map(_is_perturbed, linear))
+    return wanted, tuple(t for t, want in zip(linear, wanted, strict=True) if want)
+
+
+def _is_perturbed(tangent: Any) -> bool:
+    return tangent is not None and not isinstance(tangent, SymbolicZero)
+
+
+def _jvp_by_ad(f: Callable[..., Any], primals: Any, tangents: Any) -> tuple[Any, Any]:
+    """`jax.jvp`, given zero tangents as custom_jvp gives them."""
+    leaves, structure = jax.tree.flatten(primals)
+    dots = jax.tree.leaves(tangents, is_leaf=lambda t: isinstance(t, SymbolicZero))
+    moving = [i for i, t in enumerate(dots) if _is_perturbed(t)]
+
+    def of_moving(*values: Array) -> Any:
+        every = list(leaves)
+        for i, value in zip(moving, values, strict=True):
+            every[i] = value
+        return f(*jax.tree.unflatten(structure, every))
+
+    return jax.jvp(of_moving, [leaves[i] for i in moving], [dots[i] for i in moving])
