@@ -1,0 +1,337 @@
+"""Train a small GPT on Python's standard library, with and without the logits: `python examples/train_lm.py compare`.
+
+The vocabulary is what makes a language model's loss expensive: of 2,048 tokens and 32,768 words the logits alone are
+256 MiB, their gradient as much again. `--loss fused` takes `jaxent.linear_cross_entropy`, which never holds either.
+
+    pip install -e ".[examples]"
+    python examples/train_lm.py train --loss fused    # or unfused, or optax
+    python examples/train_lm.py compare               # all three, each in a process of its own, and a picture
+"""
+
+import json
+import os
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import tyro
+from flax import nnx
+from numpy.typing import NDArray
+
+import jaxent
+
+Loss = Literal["optax", "unfused", "fused"]
+
+
+@dataclass(frozen=True)
+class Config:
+    """What all runs of a comparison share."""
+
+    workdir: Path = Path("~/.cache/jaxent-lm")
+    """Where the tokens of the standard library are kept."""
+    vocabulary: int = 32768
+    width: int = 256
+    layers: int = 4
+    heads: int = 4
+    length: int = 128
+    """Tokens a sequence."""
+    batch_size: int = 16
+    """Sequences a step."""
+    steps: int = 300
+    learning_rate: float = 1e-3
+    """The highest of the schedule, which warms up and then falls along a cosine."""
+    seed: int = 0
+    """Decides the initial parameters and the batches, whatever the loss."""
+
+
+# ---- The loss: the one place where the runs differ. --------------------------------------------------------------
+
+
+def loss_of_hidden(loss: Loss, hidden: jax.Array, kernel: jax.Array, labels: jax.Array) -> jax.Array:
+    """Mean cross-entropy of `hidden` (tokens, width) times `kernel` (width, vocabulary) at the labels (tokens,)."""
+    match loss:
+        case "optax":
+            return optax.softmax_cross_entropy_with_integer_labels(hidden @ kernel, labels).mean()
+        case "unfused":
+            return jaxent.cross_entropy(hidden @ kernel, labels)
+        case "fused":
+            return jaxent.linear_cross_entropy(hidden, kernel, labels)
+
+
+# ---- The model. --------------------------------------------------------------------------------------------------
+
+
+class Block(nnx.Module):
+    """Causal self-attention and a feed-forward network, each added to what it reads."""
+
+    def __init__(self, width: int, heads: int, rngs: nnx.Rngs) -> None:
+        self.heads = heads
+        self.norm1, self.norm2 = nnx.LayerNorm(width, rngs=rngs), nnx.LayerNorm(width, rngs=rngs)
+        self.qkv, self.out = nnx.Linear(width, 3 * width, rngs=rngs), nnx.Linear(width, width, rngs=rngs)
+        self.up, self.down = nnx.Linear(width, 4 * width, rngs=rngs), nnx.Linear(4 * width, width, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        batch, length, _ = x.shape
+        q, k, v = jnp.split(self.qkv(self.norm1(x)).reshape(batch, length, 3 * self.heads, -1), 3, axis=2)
+        x = x + self.out(jax.nn.dot_product_attention(q, k, v, is_causal=True).reshape(x.shape))
+        return x + self.down(nnx.gelu(self.up(self.norm2(x))))
+
+
+class Gpt(nnx.Module):
+    """Maps tokens (batch, length) to hidden states (batch, length, width): what comes before the logits."""
+
+    def __init__(self, config: Config, rngs: nnx.Rngs) -> None:
+        embed = partial(nnx.Embed, features=config.width, embedding_init=nnx.initializers.normal(0.02), rngs=rngs)
+        self.tokens, self.positions = embed(config.vocabulary), embed(config.length)
+        self.blocks = nnx.List([Block(config.width, config.heads, rngs) for _ in range(config.layers)])
+        self.norm = nnx.LayerNorm(config.width, rngs=rngs)
+
+    def __call__(self, tokens: jax.Array) -> jax.Array:
+        x = self.tokens(tokens) + self.positions(jnp.arange(tokens.shape[-1]))
+        for block in self.blocks:
+            x = block(x)
+        return self.norm(x)
+
+    def kernel(self) -> jax.Array:
+        """The last layer's kernel (width, vocabulary), tied to the embedding of the tokens."""
+        return self.tokens.embedding[...].T
+
+
+# ---- The data. ---------------------------------------------------------------------------------------------------
+
+
+def tokens_of(config: Config) -> NDArray[np.int32]:
+    """Return the standard library as one row of tokens, from the cache if it is there."""
+    workdir = config.workdir.expanduser()
+    path = workdir / f"stdlib-{platform.python_version()}-{config.vocabulary}.npy"
+    if not path.exists():
+        tokens = tokenize(sources(), config.vocabulary)
+        workdir.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=workdir, prefix="incomplete.") as staging:
+            np.save(Path(staging) / path.name, tokens)
+            os.replace(Path(staging) / path.name, path)  # there whole, or not at all
+    return np.load(path)
+
+
+def sources() -> list[str]:
+    """Read the modules of the standard library in sorted order, without tests and what is mostly tables."""
+    stdlib = Path(sysconfig.get_path("stdlib"))
+    skipped = {"site-packages", "test", "tests", "encodings", "idlelib", "pydoc_data", "turtledemo", "lib2to3"}
+    paths = [path for path in sorted(stdlib.rglob("*.py")) if skipped.isdisjoint(path.relative_to(stdlib).parts)]
+    return [path.read_text(encoding="utf-8", errors="replace") for path in paths]
+
+
+def tokenize(texts: list[str], vocabulary: int) -> NDArray[np.int32]:
+    """Learn a byte-pair encoding from the texts, and encode them, each with an end mark after it."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers  # only this function needs it, and only once
+
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = byte_level
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary, special_tokens=["<end>"], initial_alphabet=byte_level.alphabet(), show_progress=False
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return np.concatenate([np.array([*text.ids, 0], np.int32) for text in tokenizer.encode_batch(texts)])
+
+
+def batches(config: Config, tokens: NDArray[np.int32]) -> Iterator[jax.Array]:
+    """Draw `steps` batches (batch_size, length + 1) of windows anywhere in the text."""
+    rng = np.random.default_rng(config.seed)
+    for _ in range(config.steps):
+        starts = rng.integers(len(tokens) - config.length, size=(config.batch_size, 1))
+        yield jnp.asarray(tokens[starts + np.arange(config.length + 1)])
+
+
+# ---- Training. ---------------------------------------------------------------------------------------------------
+
+State = tuple[Any, optax.OptState]  # parameters and the optimizer's
+Step = Callable[[State, jax.Array], tuple[State, jax.Array]]
+
+
+def make_step(config: Config, loss: Loss) -> tuple[State, Step]:
+    """Return the initial state and the function that trains on one batch."""
+    model, params = nnx.split(Gpt(config, nnx.Rngs(config.seed)))
+    schedule = optax.schedules.cosine_onecycle_schedule(config.steps, config.learning_rate, pct_start=0.1)
+    optimizer = optax.adamw(schedule, weight_decay=0.01)
+
+    def loss_of(params: Any, batch: jax.Array) -> jax.Array:
+        gpt = nnx.merge(model, params)
+        hidden = gpt(batch[:, :-1]).reshape(-1, config.width)  # as rows, the logits cost optax and jaxent least
+        return loss_of_hidden(loss, hidden, gpt.kernel(), batch[:, 1:].reshape(-1))
+
+    def step(state: State, batch: jax.Array) -> tuple[State, jax.Array]:
+        params, optimizer_state = state
+        value, gradients = jax.value_and_grad(loss_of)(params, batch)
+        updates, optimizer_state = optimizer.update(gradients, optimizer_state, params)
+        return (optax.apply_updates(params, updates), optimizer_state), value
+
+    return (params, optimizer.init(params)), step
+
+
+def compile_step(config: Config, loss: Loss) -> tuple[State, jax.stages.Compiled]:
+    """Return the initial state and the compiled step; ahead of time, so that no step's seconds hold that."""
+    state, step = make_step(config, loss)
+    batch = jax.ShapeDtypeStruct((config.batch_size, config.length + 1), jnp.int32)
+    return state, jax.jit(step, donate_argnums=0).lower(state, batch).compile()
+
+
+def temp_bytes(step: jax.stages.Compiled) -> int:
+    """Return what the compiled step allocates besides the state: no measurement, but XLA's own plan."""
+    analysis: Any = step.memory_analysis()
+    return analysis.temp_size_in_bytes
+
+
+def peak_bytes() -> int:
+    """Return the most memory used so far: of the device where it counts, else of this process."""
+    if stats := jax.devices()[0].memory_stats():
+        return stats["peak_bytes_in_use"]
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def train(
+    config: Annotated[Config, tyro.conf.OmitArgPrefixes], loss: Loss = "fused", report: Path | None = None
+) -> None:
+    """Train with one of the losses, and on request write what it took as JSON.
+
+    Args:
+        config: the run.
+        loss: optax's or jaxent's of the logits, or jaxent's without logits.
+        report: file for the losses, the seconds a step and the bytes.
+    """
+    tokens = tokens_of(config)
+    state, step = compile_step(config, loss)
+    losses: list[float] = []
+    seconds: list[float] = []
+    for batch in batches(config, tokens):
+        start = time.perf_counter()
+        state, value = step(state, batch)
+        losses.append(float(value))
+        seconds.append(time.perf_counter() - start)
+        if len(losses) % 10 in (0, 1):
+            print(f"{loss:>8}   step {len(losses):4}   loss {losses[-1]:.4f}   {seconds[-1]:.2f} s", flush=True)
+    if report:
+        memory = {"temp_bytes": temp_bytes(step), "peak_bytes": peak_bytes()}
+        device = jax.devices()[0].device_kind
+        report.write_text(json.dumps({"device": device, "losses": losses, "seconds": seconds, **memory}))
+
+
+def prepare(config: Annotated[Config, tyro.conf.OmitArgPrefixes]) -> None:
+    """Tokenise the standard library, unless that is done already."""
+    tokens = tokens_of(config)
+    print(f"{len(tokens):,} tokens, {len(np.unique(tokens)):,} of {config.vocabulary:,} words in use", flush=True)
+
+
+# ---- The comparison. ---------------------------------------------------------------------------------------------
+
+
+def compare(
+    config: Annotated[Config, tyro.conf.OmitArgPrefixes],
+    output: Path = Path("train_lm.json"),
+    picture: Path = Path("train_lm.png"),
+) -> None:
+    """Train with every loss from the same start on the same batches, and draw the losses, the bytes and the seconds.
+
+    Args:
+        config: the runs.
+        output: JSON file for all that was measured.
+        picture: PNG or SVG file.
+    """
+    flags = [text for name, value in asdict(config).items() for text in (f"--{name.replace('_', '-')}", str(value))]
+    runs: dict[str, dict[str, Any]] = {}
+    # A process's peak is that of all it has done, and on Linux no less than its parent's: so one process a run, and
+    # one that tokenises, while this one only waits.
+    command("prepare", *flags)
+    with tempfile.TemporaryDirectory() as folder:
+        for loss in get_args(Loss):
+            report = Path(folder) / f"{loss}.json"
+            command("train", "--loss", loss, "--report", str(report), *flags)
+            runs[loss] = json.loads(report.read_text())
+    shape = {name: value for name, value in asdict(config).items() if name != "workdir"}
+    output.write_text(json.dumps({"jax": jax.__version__, "config": shape, "runs": runs}) + "\n")
+    print(table(runs))
+    draw(config, runs, picture)
+
+
+def command(*args: str) -> None:
+    """Run this script with other arguments. In a session of its own it hears no Ctrl-C, which ends it through us."""
+    subprocess.run([sys.executable, __file__, *args], check=True, start_new_session=True)
+
+
+def table(runs: dict[str, dict[str, Any]]) -> str:
+    """Return what the runs took as a table in Markdown."""
+    rows = ["| loss | last ten losses | step's temporaries | peak memory | median step |", "|---" + 4 * "|---:" + "|"]
+    for loss, run in runs.items():
+        last, seconds = statistics.mean(run["losses"][-10:]), statistics.median(run["seconds"])
+        temp, peak = run["temp_bytes"] / 2**20, run["peak_bytes"] / 2**20
+        rows.append(f"| {loss} | {last:.6f} | {temp:,.0f} MiB | {peak:,.0f} MiB | {seconds:.3f} s |")
+    return "\n".join(rows)
+
+
+def draw(config: Config, runs: dict[str, dict[str, Any]], picture: Path) -> None:
+    """Draw the losses over each other, how far each is from the unfused one's, and bars of memory and time."""
+    from matplotlib.figure import Figure  # only `compare` draws
+
+    names = {"optax": "optax", "unfused": "cross_entropy", "fused": "linear_cross_entropy"}
+    colors = {"optax": "0.6", "unfused": "tab:orange", "fused": "tab:blue"}
+    figure = Figure(figsize=(10, 5), dpi=120, layout="constrained")
+    axes = figure.subplot_mosaic([["loss", "temp"], ["loss", "peak"], ["gap", "time"]], width_ratios=[3, 2])
+
+    for loss, run in runs.items():
+        width = {"optax": 7, "unfused": 4, "fused": 1.2}[loss]  # where they agree, the last hides the others
+        axes["loss"].plot(run["losses"], color=colors[loss], label=names[loss], linewidth=width)
+        if loss != "unfused":
+            gap = np.abs(np.subtract(run["losses"], runs["unfused"]["losses"]))
+            axes["gap"].semilogy(np.where(gap > 0, gap, np.nan), ".", markersize=3, color=colors[loss])
+    tokens = config.batch_size * config.length
+    axes["loss"].set(title=f"loss, {tokens:,} tokens a step and {config.vocabulary:,} words")
+    axes["loss"].legend()
+    axes["gap"].set(title="distance of the loss from cross_entropy's", xlabel="step")
+
+    def bars(panel: str, title: str, measure: Callable[[dict[str, Any]], float], form: str) -> None:
+        container = axes[panel].barh(
+            [names[loss] for loss in runs], [measure(run) for run in runs.values()], color=list(map(colors.get, runs))
+        )
+        axes[panel].bar_label(container, fmt=form, padding=3)
+        axes[panel].set(title=title, xticks=[])
+        axes[panel].margins(x=0.25)
+        axes[panel].invert_yaxis()
+
+    bars("temp", "a step's temporaries, MiB", lambda run: run["temp_bytes"] / 2**20, "{:,.0f}")
+    bars("peak", "peak memory, MiB", lambda run: run["peak_bytes"] / 2**20, "{:,.0f}")
+    bars("time", "median step, s", lambda run: statistics.median(run["seconds"]), "{:.2f}")
+    figure.savefig(picture)
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit status."""
+    try:
+        tyro.extras.subcommand_cli_from_dict(
+            {"train": train, "compare": compare, "prepare": prepare}, args=args, description=__doc__
+        )
+    except KeyboardInterrupt:
+        return 130
+    except subprocess.CalledProcessError as error:  # the child has said why
+        return error.returncode
+    except OSError as error:
+        print(f"{error.filename or 'The system'}: {error.strerror or error}.", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
