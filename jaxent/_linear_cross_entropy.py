@@ -307,12 +307,21 @@ def _directional(
     [[1, 0], [-J, 1]] (v, u) = (v, 0) is (v, J v), and that of the transposed system for (0, c) is (J^T c, c).
     """
 
+    zero = vary(jnp.zeros(arrays.hidden.shape[0], _compute_dtype(arrays)), arrays, direction)
+    direction = tuple(vary(v.astype(zero.dtype), zero) for v in direction)
+    arrays = jax.tree.map(lambda x: vary(x, arrays), arrays)  # custom_linear_solve would, but only when it is lowered
+
+    def known() -> _Arrays:
+        # Labels are the same on all devices that share a token; pmax says so again.
+        if not options.classes.names or arrays.labels.ndim > 1:
+            return arrays
+        return arrays._replace(labels=jax.lax.pmax(arrays.labels, options.classes.names))
+
     def along(v: tuple[Array, ...]) -> Array:
-        return _sweep_directional(options, wanted, arrays, v)
+        return _sweep_directional(options, wanted, known(), v)
 
     def transposed(c: Array) -> tuple[Array, ...]:
-        gradients = _losses_and_gradients(options, wanted, arrays, c)[1]
-        return tuple(jax.tree.leaves(gradients))
+        return tuple(jax.tree.leaves(_losses_and_gradients(options, wanted, known(), c)[1]))
 
     def matvec(v_u: Any) -> Any:
         v, u = v_u
@@ -329,8 +338,6 @@ def _directional(
         v, u = v_u
         return tuple(a + b for a, b in zip(v, transposed(u), strict=True)), u
 
-    zero = vary(jnp.zeros(arrays.hidden.shape[0], _compute_dtype(arrays)), arrays, direction)
-    direction = tuple(vary(v.astype(zero.dtype), zero) for v in direction)
     return jax.lax.custom_linear_solve(matvec, (direction, zero), solve, transpose_solve)[1]
 
 
@@ -482,11 +489,10 @@ def _chunk(
     if bias is not None:
         logits += bias.astype(dtype)
 
-    def losses(logits: Array) -> Array:
-        if options.softcap is not None:
-            logits = options.softcap * jnp.tanh(logits / options.softcap)
-        return cross_entropy_core(
-            logits,
+    def losses(logits: Array) -> tuple[Array, Array]:
+        capped = logits if options.softcap is None else options.softcap * jnp.tanh(logits / options.softcap)
+        loss = cross_entropy_core(
+            capped,
             labels,
             None,
             weight,
@@ -496,21 +502,14 @@ def _chunk(
             options.label_smoothing,
             options.z_loss,
         )
+        return vary(loss, logits), loss
 
     if scale is None:
-        return losses(logits), None
-    loss, pullback = jax.vjp(losses, logits)
-    (gradient,) = pullback(vary(scale / _psum_gain(options.classes.names, dtype), loss))
+        return losses(logits)[1], None
+    # If the classes are split, the pullback sums cotangents over the devices that hold them, and all have the same.
+    _, pullback, loss = jax.vjp(losses, logits, has_aux=True)
+    (gradient,) = pullback(vary(scale / jax.lax.axis_size(options.classes.names), logits))
     return loss, gradient
-
-
-def _psum_gain(names: tuple[str, ...], dtype: jnp.dtype) -> Float[Array, ""] | float:
-    """What the transpose of psum multiplies by: 1, but the number of devices under `shard_map(check_vma=False)`."""
-    if not names:
-        return 1.0
-    zero = jax.lax.axis_index(names).astype(dtype) * 0.0
-    total, pullback = jax.vjp(lambda x: jax.lax.psum(x, names), zero)
-    return jax.lax.pmax(pullback(jnp.ones_like(total))[0], names)
 
 
 def _add_product(total: Float[Array, "features classes"], x: Array, g: Array) -> Float[Array, "features classes"]:
