@@ -306,7 +306,6 @@ def _directional(
     way to name a linear function's transpose oneself, under every transform, is custom_linear_solve: the solution of
     [[1, 0], [-J, 1]] (v, u) = (v, 0) is (v, J v), and that of the transposed system for (0, c) is (J^T c, c).
     """
-
     zero = vary(jnp.zeros(arrays.hidden.shape[0], _compute_dtype(arrays)), arrays, direction)
     direction = tuple(vary(v.astype(zero.dtype), zero) for v in direction)
     arrays = jax.tree.map(lambda x: vary(x, arrays), arrays)  # custom_linear_solve would, but only when it is lowered
