@@ -14,7 +14,7 @@ pytest.importorskip("tyro")
 from examples import train_lm
 from examples.train_lm import Config, Loss
 
-TINY = Config(vocabulary=8192, width=16, layers=1, heads=2, length=64, batch_size=4, steps=8)
+TINY = Config(vocabulary=2048, width=16, layers=1, heads=2, length=64, batch_size=16, steps=8)
 
 
 class Run(NamedTuple):
