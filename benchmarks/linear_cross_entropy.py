@@ -1,0 +1,289 @@
+"""Time and memory of linear_cross_entropy with its gradients, against unfused forms and other libraries.
+
+    python benchmarks/linear_cross_entropy.py [--sweep] [--rounds 15] [--seconds 60] [--json FILE]
+
+Each call computes the loss and its gradients with respect to hidden (tokens N, features D) and kernel (D, classes C)
+in float32. All contestants run in one process, in random order, round after round, so that a slow moment of the
+machine hits all of them, and so does a plain large matrix product, which measures what the machine can do. A ratio
+is the median over the rounds of time / time of jaxent (above 1: jaxent is faster), with its quartiles. The share of
+the matmul rate counts the three products that the gradients need, for the tokens that are not ignored; reduction
+"none" makes the logits a second time. Memory is the compiled program's temporaries in per cent of the N * C * 4 bytes
+of the logits. Ctrl-C prints what is done.
+
+The contestants:
+
+- jaxent: `jaxent.linear_cross_entropy`
+- unfused: `jaxent.cross_entropy(hidden @ kernel, labels)`
+- optax: `optax.softmax_cross_entropy_with_integer_labels(hidden @ kernel, labels)`, and a masked mean if tokens are
+  ignored
+- tokamax: `tokamax.linear_softmax_cross_entropy_loss(..., implementation="chunked_xla")`, if installed (it wants
+  Python >= 3.12); it cannot ignore tokens
+- torch: eager `cross_entropy(linear(hidden, weight), labels)`
+- torch chunked: eager `linear_cross_entropy(hidden, weight, labels, options=LinearCrossEntropyOptions())`
+- none ignored: `jaxent.linear_cross_entropy` as in the first line, with no token ignored
+"""
+
+import argparse
+import json
+import logging
+import math
+import os
+import random
+import statistics
+import time
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, NamedTuple
+
+# PyTorch's worker threads otherwise spin for a while after each call and take the cores from whoever comes next.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import torch
+
+import jaxent
+
+WARM_UP = 1
+MATMUL = (2048, 4096, 4096)
+
+
+class Case(NamedTuple):
+    """What is computed."""
+
+    name: str
+    tokens: int
+    features: int
+    classes: int
+    reduction: str = "mean"
+    ignored: str = "none"  # or "every other", "second half"
+
+
+HEADLINE = (2048, 512, 32768)
+CASES = [
+    Case("headline", *HEADLINE),
+    Case("reduction none", *HEADLINE, reduction="none"),
+    Case("every other token ignored", *HEADLINE, ignored="every other"),
+    Case("second half ignored", *HEADLINE, ignored="second half"),
+]
+# The largest takes half a minute a call; 1536 tokens are still more than one chunk.
+SWEEP = [
+    Case("sweep", 2048 if features * classes < 2**28 else 1536, features, classes)
+    for features in (256, 1024, 4096)
+    for classes in (4096, 32768, 128256)
+]
+
+
+def jax_losses() -> dict[str, Callable[..., jax.Array]]:
+    """Each library's loss, or losses, as a function of hidden, kernel and labels, and the reduction."""
+
+    def optax_loss(hidden: jax.Array, kernel: jax.Array, labels: jax.Array, reduction: str) -> jax.Array:
+        losses = optax.softmax_cross_entropy_with_integer_labels(hidden @ kernel, labels)
+        return losses.mean() if reduction == "mean" else losses
+
+    def unfused(hidden: jax.Array, kernel: jax.Array, labels: jax.Array, reduction: str) -> jax.Array:
+        return jaxent.cross_entropy(hidden @ kernel, labels, reduction=reduction)
+
+    def fused(hidden: jax.Array, kernel: jax.Array, labels: jax.Array, reduction: str) -> jax.Array:
+        return jaxent.linear_cross_entropy(hidden, kernel, labels, reduction=reduction)
+
+    losses = {"jaxent": fused, "unfused": unfused, "optax": optax_loss}
+    if find_spec("tokamax"):
+        logging.getLogger("absl").setLevel(logging.ERROR)  # it warns that it was not tuned for CPUs
+        import tokamax
+
+        losses["tokamax"] = lambda hidden, kernel, labels, reduction: tokamax.linear_softmax_cross_entropy_loss(
+            hidden, labels, kernel, reduction=reduction, implementation="chunked_xla"
+        )
+    return losses
+
+
+def masked_optax_loss(hidden: jax.Array, kernel: jax.Array, labels: jax.Array, _: str) -> jax.Array:
+    """What an optax user writes where tokens are ignored."""
+    counts = labels >= 0
+    losses = optax.softmax_cross_entropy_with_integer_labels(hidden @ kernel, jnp.where(counts, labels, 0))
+    return jnp.where(counts, losses, 0.0).sum() / counts.sum()
+
+
+def torch_losses() -> dict[str, Callable[..., torch.Tensor]]:
+    """The same for PyTorch, whose weight is the transpose of kernel."""
+    functional = torch.nn.functional
+
+    def unfused(hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, reduction: str) -> torch.Tensor:
+        return functional.cross_entropy(functional.linear(hidden, weight), labels, reduction=reduction)
+
+    def chunked(hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, reduction: str) -> torch.Tensor:
+        options = torch.nn.LinearCrossEntropyOptions()
+        return functional.linear_cross_entropy(hidden, weight, labels, reduction=reduction, options=options)
+
+    return {"torch": unfused, "torch chunked": chunked}
+
+
+class Contestants(NamedTuple):
+    """Calls without arguments, and what is known of them before they run."""
+
+    calls: dict[str, Callable[[], Any]]
+    temporaries: dict[str, float]  # per cent of the logits' bytes
+    compile_seconds: dict[str, float]
+
+
+def contestants(case: Case) -> Contestants:
+    """Everybody's value and gradients of one case; `matmul` is a plain product."""
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((case.tokens, case.features), dtype=np.float32)
+    w = rng.standard_normal((case.features, case.classes), dtype=np.float32)
+    w *= 2.0 / case.features**0.5
+    y = rng.integers(case.classes, size=case.tokens)
+    every_label = jnp.asarray(y)
+    if case.ignored == "every other":
+        y[1::2] = -100
+    elif case.ignored == "second half":
+        y[case.tokens // 2 :] = -100
+    c = rng.standard_normal(case.tokens, dtype=np.float32) if case.reduction == "none" else np.ones((), np.float32)
+
+    hidden, kernel, labels, cotangent = (jnp.asarray(a) for a in (x, w, y, c))
+    calls: dict[str, Callable[[], Any]] = {}
+    temporaries: dict[str, float] = {}
+    compile_seconds: dict[str, float] = {}
+    for name, losses in jax_losses().items():
+        f = losses
+        if case.ignored != "none":
+            if name == "tokamax":
+                continue
+            f = masked_optax_loss if name == "optax" else f
+
+        def total(hidden: jax.Array, kernel: jax.Array, labels: jax.Array, cotangent: jax.Array, f: Any = f) -> Any:
+            return jnp.sum(cotangent * f(hidden, kernel, labels, case.reduction))
+
+        start = time.perf_counter()
+        g = jax.jit(jax.value_and_grad(total, (0, 1))).lower(hidden, kernel, labels, cotangent).compile()
+        compile_seconds[name] = time.perf_counter() - start
+        temp_bytes = g.memory_analysis().temp_size_in_bytes
+        temporaries[name] = 100 * temp_bytes / (4 * case.tokens * case.classes)
+        calls[name] = lambda g=g: jax.block_until_ready(g(hidden, kernel, labels, cotangent))
+        if name == "jaxent" and case.ignored != "none":
+            calls["none ignored"] = lambda g=g: jax.block_until_ready(g(hidden, kernel, every_label, cotangent))
+
+    t_hidden, t_weight = (torch.from_numpy(np.array(a, order="C")).requires_grad_() for a in (x, w.T))
+    t_labels, t_cotangent = torch.tensor(y), torch.tensor(c)
+    for name, f in torch_losses().items():
+
+        def call(f: Any = f) -> None:
+            f(t_hidden, t_weight, t_labels, case.reduction).backward(t_cotangent)
+            t_hidden.grad = t_weight.grad = None
+
+        calls[name] = call
+
+    rows, inner, columns = MATMUL
+    a, b = jnp.ones((rows, inner)), jnp.ones((inner, columns))
+    product = jax.jit(jnp.matmul)
+    calls["matmul"] = lambda: jax.block_until_ready(product(a, b))
+    return Contestants(calls, temporaries, compile_seconds)
+
+
+def timings(calls: dict[str, Callable[[], Any]], rounds: int, seconds: float) -> dict[str, list[float]]:
+    """Seconds of each call in each round; in at least two rounds, and at most what fits into the given seconds."""
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    order = random.Random(0)
+    i, took = 0, 0.0
+    while i < WARM_UP + 2 or (i < WARM_UP + rounds and took < seconds):
+        for name, call in order.sample(sorted(calls.items()), len(calls)):  # nobody always follows the same peer
+            start = time.perf_counter()
+            call()
+            if i >= WARM_UP:
+                times[name].append(time.perf_counter() - start)
+                took += times[name][-1]
+        i += 1
+    return times
+
+
+def quartiles(values: list[float]) -> list[float]:
+    """The lower quartile, the median and the upper quartile."""
+    return statistics.quantiles(values, n=4, method="inclusive")
+
+
+def measure(case: Case, rounds: int, seconds: float) -> dict[str, Any]:
+    """One row of the table."""
+    calls, temporaries, compile_seconds = contestants(case)
+    times = timings(calls, rounds, seconds)
+    counted = case.tokens if case.ignored == "none" else case.tokens // 2
+    flops, matmul_flops = 6 * counted * case.features * case.classes, 2 * math.prod(MATMUL)
+    jaxent_times, matmul_times = times["jaxent"], times["matmul"]
+    return {
+        "case": case._asdict(),
+        "rounds": len(jaxent_times),
+        "seconds": {name: quartiles(t) for name, t in times.items()},
+        "ratio": {
+            name: quartiles([a / b for a, b in zip(t, jaxent_times, strict=True)])
+            for name, t in times.items()
+            if name not in ("jaxent", "matmul")
+        },
+        "matmul_gflops": matmul_flops / statistics.median(matmul_times) / 1e9,
+        "share_of_matmul_rate": quartiles(
+            [flops / matmul_flops * a / b for a, b in zip(matmul_times, jaxent_times, strict=True)]
+        ),
+        "temporaries_percent": temporaries,
+        "compile_seconds": compile_seconds,
+    }
+
+
+PEERS = ["optax", "unfused", "tokamax", "torch", "torch chunked", "none ignored"]
+COLUMNS = ["case", "N", "D", "C", "jaxent, s", *PEERS, "of matmul rate", "memory jaxent", "optax", "tokamax"]
+
+
+def row_of(result: dict[str, Any]) -> str:
+    """A result as a row of the Markdown table."""
+    case = Case(**result["case"])
+    cells = [case.name, *map(str, case[1:4]), f"{result['seconds']['jaxent'][1]:.3f}"]
+    for name in PEERS:
+        if name in result["ratio"]:
+            low, middle, high = result["ratio"][name]
+            cells.append(f"{middle:.2f} ({low:.2f}–{high:.2f})")
+        else:
+            cells.append("")
+    cells.append(f"{100 * result['share_of_matmul_rate'][1]:.0f} %")
+    memory = result["temporaries_percent"]
+    cells += [f"{memory[name]:.1f} %" if name in memory else "" for name in ("jaxent", "optax", "tokamax")]
+    return f"| {' | '.join(cells)} |"
+
+
+def main() -> None:
+    """Print the table and, on request, write it as JSON."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--sweep", action="store_true", help="features and classes of many sizes")
+    parser.add_argument("--only", help="cases whose name contains this")
+    parser.add_argument("--rounds", type=int, default=15, help="at most, for each case")
+    parser.add_argument("--seconds", type=float, default=60.0, help="at most, for each case beyond two rounds")
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+
+    print(f"jax {jax.__version__} on {jax.devices()[0].platform}, torch {torch.__version__}, float32")
+    if not find_spec("tokamax"):
+        print("tokamax is not installed and left out")
+    print(f"\n| {' | '.join(COLUMNS)} |\n|---|{'---:|' * (len(COLUMNS) - 1)}", flush=True)
+    results: list[dict[str, Any]] = []
+    status = 0
+    try:
+        for case in SWEEP if args.sweep else CASES:
+            if args.only and args.only not in case.name:
+                continue
+            results.append(measure(case, args.rounds, args.seconds))
+            print(row_of(results[-1]), flush=True)
+    except KeyboardInterrupt:
+        print("\nstopped")
+        status = 130
+    rates = [f"{result['matmul_gflops']:.0f}" for result in results]
+    rounds = [str(result["rounds"]) for result in results]
+    print(f"\nmatmul of {' × '.join(map(str, MATMUL))}, GFLOP/s, row by row: {', '.join(rates)}")
+    print(f"rounds, row by row: {', '.join(rounds)}")
+    if args.json:
+        versions = {"jax": jax.__version__, "torch": torch.__version__}
+        args.json.write_text(json.dumps(versions | {"rows": results}, indent=1))
+    raise SystemExit(status)
+
+
+if __name__ == "__main__":
+    main()
