@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Integer
 
 from ._check import (
     AxisName,
@@ -327,7 +327,8 @@ def _directional(
         # For second derivatives custom_linear_solve wants every output, here and in the transpose, to depend on the
         # arrays: this 1 is 1 plus the sum of no entries of each.
         one = vary(jnp.ones((), zero.dtype), arrays)
-        return tuple(one * part for part in v), one * u - along(v)
+        _, linear = jax.linearize(along, tuple(map(jnp.zeros_like, v)))  # JAX transposes no other loop before 0.10
+        return tuple(one * part for part in v), one * u - linear(v)
 
     def solve(_: Callable[[Any], Any], v_u: Any) -> Any:
         v, u = v_u
@@ -440,37 +441,40 @@ def _sweep_directional(
     hidden, kernel, bias, weight, labels = arrays
     dtype = _compute_dtype(arrays)
     chunks = _chunks(options, arrays, skip=False)
+    operand = jnp.result_type(hidden, kernel)
+    kernel = kernel.astype(operand)
     parts = iter(direction)
     hidden_dot, kernel_dot, bias_dot = (next(parts) if want else None for want in wanted)
+    by_token = jax.tree.map(chunks.spread, (hidden, labels, hidden_dot))
 
     @jax.checkpoint
     def along(
-        x: Array, kernel: Array, bias: Array | None, weight: Array | None, y: Array, direction: list[Array | None]
+        x: Array,
+        kernel: Array,
+        bias: Array | None,
+        weight: Array | None,
+        y: Array,
+        x_dot: Array | None,
+        kernel_dot: Array | None,
+        bias_dot: Array | None,
     ) -> Array:
-        x_dot, kernel_dot, bias_dot = direction
         g = _chunk(options, x, kernel, bias, weight, y, jnp.ones(x.shape[0], dtype))[1]
-        terms = []
+        logits_dot = jnp.zeros((), dtype) if bias_dot is None else bias_dot
         if x_dot is not None:
-            terms.append(_dot(x_dot, kernel.astype(dtype), 1, 0, dtype))
+            logits_dot += _dot(x_dot, kernel.astype(dtype), 1, 0, dtype)
         if kernel_dot is not None:
-            terms.append(_dot(x.astype(dtype), kernel_dot, 1, 0, dtype))
-        if bias_dot is not None:
-            terms.append(jnp.broadcast_to(bias_dot, g.shape))
-        return jnp.sum(g * sum(terms[1:], terms[0]), 1)
+            logits_dot += _dot(x.astype(dtype), kernel_dot, 1, 0, dtype)
+        return jnp.sum(g * logits_dot, 1)
 
-    operand = jnp.result_type(hidden, kernel)
-    kernel = kernel.astype(operand)
-    by_token = jax.tree.map(chunks.spread, (hidden, labels, hidden_dot))
-
-    def step(i: Any, tangent: Array) -> Array:
+    def step(tangent: Array, i: Integer[Array, ""]) -> tuple[Array, None]:
         counts = chunks.counts(i)
         x, y, x_dot = jax.tree.map(lambda rows: chunks.take(rows, i), by_token)
         x = jnp.where(counts[:, None], x, 0).astype(operand)
-        rows = along(x, kernel, bias, weight, y, [x_dot, kernel_dot, bias_dot])
-        return chunks.put(tangent, jnp.where(counts, rows, 0.0), i)
+        rows = along(x, kernel, bias, weight, y, x_dot, kernel_dot, bias_dot)
+        return chunks.put(tangent, jnp.where(counts, rows, 0.0), i), None
 
     start = vary(chunks.spread(jnp.zeros(hidden.shape[0], dtype)), arrays, direction)
-    return chunks.gather(jax.lax.fori_loop(0, chunks.steps, step, start))
+    return chunks.gather(jax.lax.scan(step, start, jnp.arange(chunks.steps))[0])
 
 
 def _chunk(
