@@ -9,6 +9,8 @@ import jax.numpy as jnp
 from jax.sharding import AxisType
 from jaxtyping import Array, Bool, Float, Integer, Num
 
+FEW = 32  # up to so many classes, other forms are the fastest
+
 
 @dataclass(frozen=True)
 class ClassAxis:
@@ -41,9 +43,9 @@ class ClassAxis:
     def argmax(self, x: Float[Array, "..."], m: Float[Array, "..."]) -> Integer[Array, "..."]:
         """The first class of each row that equals the row's maximum `m`."""
         classes = x.shape[self.index]
-        if not self.names and self.are_few(x):
+        if classes <= FEW and not self.names and self.is_whole(x):
             return jnp.argmax(x, self.index)
-        # jnp.argmax is slow on CPUs, and gathers a candidate of each part.
+        # Otherwise jnp.argmax is the slower one, and gathers a candidate of each part.
         position = jax.lax.broadcasted_iota(jnp.int32, x.shape, self.index)
         first = jnp.min(jnp.where(x == m, position, classes), self.index, initial=classes)
         if not self.names:
@@ -72,9 +74,9 @@ class ClassAxis:
             return self._gather(x, index, "fill")
         return jnp.where(index < self.size(x), self.total(entry), jnp.nan)
 
-    def are_few(self, x: Array) -> bool:
-        """Whether the classes of `x` are so few that they may be written out one by one, and all in one place."""
-        return x.shape[self.index] <= 32 and not self.is_sharded(x) and self.unseen_parts(x) == 1
+    def is_whole(self, x: Array) -> bool:
+        """Whether all classes of `x` surely lie on one device, where slicing them moves no data."""
+        return not self.is_sharded(x) and self.unseen_parts(x) == 1
 
     def is_sharded(self, x: Array) -> bool:
         """Whether explicit sharding splits the classes of `x`, which then cannot be indexed, only masked."""

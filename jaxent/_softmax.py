@@ -21,7 +21,7 @@ from ._check import (
     check_where,
     normalize_axis,
 )
-from ._class_axis import ClassAxis, one_hot
+from ._class_axis import FEW, ClassAxis, one_hot
 
 
 def softmax(
@@ -260,15 +260,15 @@ def _sum_exp_except(
 ) -> Float[Array, "..."]:
     """The same over the classes in `x` alone, with `index` counted among them; it may lie outside."""
     classes = x.shape[axis.index]
-    if axis.are_few(x):
+    if classes <= FEW and axis.is_whole(x):
         # Unrolled, XLA makes one pass over the rows of it, where a masked sum over the axis takes two.
         largest, total = jnp.squeeze(m, axis.index), jnp.zeros(index.shape, x.dtype)
         for k in range(classes):
             e = jnp.exp(jax.lax.index_in_dim(x, k, axis.index, keepdims=False) - largest)
             total += jnp.where(index == k, 0.0, e)
         return total
-    block = None if axis.is_sharded(x) else _block_size(classes, axis.unseen_parts(x))
-    if axis.index != x.ndim - 1 or block is None:
+    block = _block_size(classes)
+    if block is None or axis.index != x.ndim - 1 or not axis.is_whole(x):
         e = jnp.exp(x - m)
         return jnp.sum(jnp.where(one_hot(index, x.shape, axis.index), 0.0, e), axis.index)
     blocks = x.reshape(*x.shape[:-1], classes // block, block)
@@ -280,13 +280,12 @@ def _sum_exp_except(
     return rest + jnp.where((index >= 0) & (index < classes), own, 0.0)
 
 
-def _block_size(classes: int, parts: int) -> int | None:
+def _block_size(classes: int) -> int | None:
     """How many classes to sum at a time, or None to sum them all at once.
 
     XLA's CPU backend vectorises a plain sum and not a masked one, so only the block that holds the class to leave out
-    is summed again under a mask. Blocks near the square root make the shortest sums, which round least. If the
-    compiler may split the classes into `parts`, each must hold whole blocks.
+    is summed again under a mask. Blocks near the square root make the shortest sums, which round least.
     """
-    divisors = [b for b in range(16, 1025) if classes % (b * parts) == 0]
+    divisors = [b for b in range(16, 1025) if classes % b == 0]
     whole_vectors = [b for b in divisors if b % 16 == 0]
     return min(whole_vectors or divisors, key=lambda b: abs(b * b - classes)) if classes > 1000 and divisors else None
