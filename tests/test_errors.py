@@ -40,6 +40,9 @@ SHARED = [  # a bad argument, its error, and what the message must hold: its nam
     ({"axis": 2}, ValueError, ("axis", "2")),
     ({"axis": -3}, ValueError, ("axis", "-3")),
     ({"axis": 1.0}, TypeError, ("axis", "1.0")),
+    ({"axis_name": "model"}, ValueError, ("axis_name", "'model'", "jax.shard_map")),
+    ({"axis_name": ("model", "data")}, ValueError, ("axis_name", "'model'", "jax.shard_map")),
+    ({"axis_name": 1}, ValueError, ("axis_name", "1", "jax.shard_map")),
 ]
 LOSSES = [
     *SHARED,

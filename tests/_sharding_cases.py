@@ -1,0 +1,372 @@
+import functools
+import re
+import zlib
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import _exact
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import jaxent
+
+SIZES = {"n": 16, "c": 32, "l": 3}  # tokens, classes, and an axis that is never sharded
+
+# Over which mesh axes tokens and classes are sharded.
+LAYOUTS = {
+    "tokens and classes": {"n": "data", "c": "class"},
+    "classes": {"c": "class"},
+    "classes over two mesh axes": {"c": ("data", "class")},
+    "tokens": {"n": "data"},
+}
+WAYS = ("auto", "explicit", "shard_map", "gradient inside shard_map", "shard_map without check_vma")
+
+
+@dataclass(frozen=True)
+class Case:
+    """A function, and arrays whose axes are named by letters: n tokens, c classes."""
+
+    function: Callable[..., Any]
+    arrays: dict[str, str]
+    out: str
+    dtype: Any
+    wrt: tuple[str, ...]  # the arrays that get gradients
+    ignored: bool  # whether some labels are -100
+    options: dict[str, Any]
+
+    @property
+    def tokens(self):
+        """The axes that remain without the classes."""
+        return self.arrays[self.wrt[0]].replace("c", "")
+
+
+def _case(function, arrays, out="n", dtype=jnp.float32, wrt=("logits",), ignored=False, **options):
+    return Case(function, arrays, out, dtype, wrt, ignored, options)
+
+
+_LOGITS, _INDICES = {"logits": "nc"}, {"logits": "nc", "labels": "n"}
+_SOFT = {"logits": "nc", "labels": "nc"}
+_CE = partial(_case, jaxent.cross_entropy, reduction="none")
+_NLL = partial(_case, jaxent.nll, wrt=("log_probs",), reduction="none")
+CASES = {
+    "softmax": _case(jaxent.softmax, _LOGITS, "nc"),
+    "softmax where": _case(jaxent.softmax, _LOGITS | {"where": "nc"}, "nc"),
+    "softmax axis 1": _case(jaxent.softmax, {"logits": "ncl"}, "ncl", axis=1),
+    "log_softmax": _case(jaxent.log_softmax, _LOGITS, "nc"),
+    "log_softmax where": _case(jaxent.log_softmax, _LOGITS | {"where": "nc"}, "nc"),
+    "log_softmax bfloat16": _case(jaxent.log_softmax, _LOGITS, "nc", jnp.bfloat16),
+    "nll": _NLL({"log_probs": "nc", "labels": "n"}),
+    "nll weight": _NLL({"log_probs": "nc", "labels": "n", "weight": "c"}, wrt=("log_probs", "weight"), ignored=True),
+    "nll probabilities": _NLL({"log_probs": "nc", "labels": "nc", "weight": "c"}),
+    "cross_entropy": _CE(_INDICES),
+    "cross_entropy weight": _CE(_INDICES | {"weight": "c"}, wrt=("logits", "weight")),
+    "cross_entropy ignore_index": _CE(_INDICES, ignored=True),
+    "cross_entropy label_smoothing": _CE(_INDICES, label_smoothing=0.1),
+    "cross_entropy z_loss": _CE(_INDICES, z_loss=0.1),
+    "cross_entropy where": _CE(_INDICES | {"where": "nc"}, label_smoothing=0.1),
+    "cross_entropy where of classes": _CE(_INDICES | {"where": "c"}),
+    "cross_entropy probabilities": _CE(_SOFT, wrt=("logits", "labels")),
+    "cross_entropy probabilities with all": _CE(
+        _SOFT | {"weight": "c", "where": "nc"}, label_smoothing=0.2, z_loss=0.1, wrt=("logits", "labels")
+    ),
+    "cross_entropy with all": _CE(
+        _INDICES | {"weight": "c", "where": "nc"},
+        ignored=True,
+        label_smoothing=0.2,
+        z_loss=0.1,
+        wrt=("logits", "weight"),
+    ),
+    "cross_entropy axis 1": _CE({"logits": "ncl", "labels": "nl", "weight": "c"}, "nl", axis=1),
+    "cross_entropy bfloat16": _CE(_INDICES | {"weight": "c"}, dtype=jnp.bfloat16),
+    "cross_entropy mean": _CE(_INDICES | {"weight": "c"}, "", ignored=True, reduction="mean"),
+    "cross_entropy sum": _CE(_INDICES, "", reduction="sum"),
+}
+
+
+def arguments_of(case, sizes=SIZES):
+    """The arrays of a case, and a cotangent of its value; always the same."""
+    rng = np.random.default_rng(zlib.crc32(repr((case.arrays, case.options, sizes)).encode()))
+    arguments = {}
+    for name, axes in case.arrays.items():
+        shape = [sizes[a] for a in axes]
+        if name == "labels" and "c" not in axes:
+            arguments[name] = rng.integers(0, sizes["c"], shape).astype(np.int32)
+        elif name == "where":
+            arguments[name] = rng.random(shape) < 0.8
+        elif name == "weight":
+            arguments[name] = rng.uniform(0.5, 2, shape).astype(case.dtype)
+        elif name == "labels":
+            arguments[name] = (rng.random(shape) / sizes["c"]).astype(case.dtype)
+        else:
+            arguments[name] = (rng.normal(size=shape) * 3).astype(case.dtype)
+    axes = case.arrays.get("labels")
+    if case.arrays.get("where") == "nc" and axes:  # a label on a masked class would make the loss inf
+        if axes == "n":
+            np.put_along_axis(arguments["where"], arguments["labels"][:, None], True, 1)
+        else:
+            arguments["labels"] *= arguments["where"]
+    if case.ignored:
+        arguments["labels"][::3] = -100
+    return arguments, rng.normal(size=[sizes[a] for a in case.out]).astype(np.float32)
+
+
+def _bind(case, axis_name=None):
+    """The function of a case, of a dictionary of arrays."""
+    options = case.options if axis_name is None else case.options | {"axis_name": axis_name}
+    return lambda arrays: case.function(**arrays, **options)
+
+
+def _first_order(function, wrt, arguments, cotangent):
+    """The value and the gradients."""
+    value, pull = jax.vjp(lambda x: function(arguments | x), {name: arguments[name] for name in wrt})
+    return value, pull(cotangent.astype(value.dtype))[0]
+
+
+def _second_order(function, wrt, arguments, cotangent):
+    """The gradients, and their derivative along some direction, forward over reverse."""
+
+    def gradients(x):
+        return _first_order(function, wrt, arguments | x, cotangent)[1]
+
+    x = {name: arguments[name] for name in wrt}
+    return jax.jvp(gradients, (x,), (jax.tree.map(lambda x: jnp.sin(5 * x), x),))
+
+
+def _reverse_over_reverse(function, wrt, arguments, cotangent):
+    """The gradients, and their derivative pulled back."""
+
+    def gradients(x):
+        return _first_order(function, wrt, arguments | x, cotangent)[1]
+
+    x = {name: arguments[name] for name in wrt}
+    value, pull = jax.vjp(gradients, x)
+    return value, pull(jax.tree.map(lambda x: jnp.sin(5 * x), x))[0]
+
+
+def sharded(case, way, layout, work=_first_order, shape=(2, 4), axes=("data", "class")):
+    """`work` on a case, done in one of the ways; the mesh; and the shardings of its arguments."""
+    layout = LAYOUTS[layout]
+    if "shard_map" in way and not case.out:  # a reduction inside is over the device's own tokens: let it have all
+        layout = {axis: name for axis, name in layout.items() if axis == "c"}
+    specs = {name: P(*map(layout.get, axes)) for name, axes in case.arrays.items()}
+    out = P(*map(layout.get, case.out))
+    kind = AxisType.Auto if way == "auto" else AxisType.Explicit
+    mesh = jax.make_mesh(shape, axes, axis_types=(kind, kind))
+    shard_map = partial(jax.shard_map, mesh=mesh, check_vma="without" not in way)
+    if "shard_map" not in way:
+        done = partial(work, _bind(case), case.wrt)
+    elif way == "gradient inside shard_map":
+        done = partial(work, _bind(case, layout.get("c")), case.wrt)
+        gradients = {name: specs[name] for name in case.wrt}
+        out_specs = (out, gradients) if work is _first_order else (gradients, gradients)
+        done = shard_map(done, in_specs=(specs, out), out_specs=out_specs)
+    else:
+        inside = shard_map(_bind(case, layout.get("c")), in_specs=(specs,), out_specs=out)
+        done = partial(work, inside, case.wrt)
+    return done, mesh, (specs, out)
+
+
+def _put(tree, specs, mesh):
+    return jax.tree.map(lambda x, spec: jax.device_put(x, NamedSharding(mesh, spec)), tree, specs)
+
+
+def _run(case, way, arguments, layout="tokens and classes", work=_first_order):
+    function, mesh, specs = sharded(case, way, layout, work)
+    with jax.set_mesh(mesh):
+        return jax.jit(function)(*_put(arguments, specs, mesh))
+
+
+@functools.cache
+def unsharded(name, classes=SIZES["c"], work=_first_order):
+    """The same on one device."""
+    case = CASES[name]
+    return jax.jit(partial(work, _bind(case), case.wrt))(*arguments_of(case, SIZES | {"c": classes}))
+
+
+def _check(name, way, layout="tokens and classes", classes=SIZES["c"], work=_first_order):
+    case = CASES[name]
+    got = _run(case, way, arguments_of(case, SIZES | {"c": classes}), layout, work)
+    assert_close(got, unsharded(name, classes, work), case.dtype)
+
+
+def assert_close(got, want, dtype):
+    """Equal but for a few roundings, relative to the largest entry: sums are made in another order."""
+    tolerance = 16 * float(jnp.finfo(dtype).eps)
+
+    def compare(got, want):
+        assert got.dtype == want.dtype
+        got, want = np.asarray(got, np.float64), np.asarray(want, np.float64)
+        scale = np.max(np.abs(want), initial=0, where=np.isfinite(want))
+        assert scale > 0
+        np.testing.assert_allclose(got, want, rtol=0, atol=tolerance * scale)
+
+    jax.tree.map(compare, got, want)
+
+
+@pytest.fixture(autouse=True)
+def eight_devices():
+    assert jax.device_count() == 8
+
+
+BY_WAY = pytest.mark.parametrize("way", WAYS)
+BY_MAIN_WAY = pytest.mark.parametrize("way", WAYS[:3])
+
+
+@BY_WAY
+@pytest.mark.parametrize("name", CASES)
+def test_values_and_gradients(name, way):
+    _check(name, way)
+
+
+@BY_MAIN_WAY
+@pytest.mark.parametrize("layout", list(LAYOUTS)[1:])
+@pytest.mark.parametrize("name", ["log_softmax", "nll weight", "cross_entropy mean", "cross_entropy with all"])
+def test_layouts(name, layout, way):
+    _check(name, way, layout)
+
+
+@BY_MAIN_WAY
+@pytest.mark.parametrize("classes", [40, 2048])
+@pytest.mark.parametrize("name", ["log_softmax", "cross_entropy"])
+def test_numbers_of_classes(name, classes, way):
+    # Not few, and so many that shard_map sums them in blocks.
+    _check(name, way, classes=classes)
+
+
+@BY_WAY
+@pytest.mark.parametrize(
+    ("name", "work"),
+    [
+        ("softmax", _second_order),
+        ("cross_entropy", _second_order),
+        ("cross_entropy with all", _second_order),
+        ("cross_entropy with all", _reverse_over_reverse),
+    ],
+)
+def test_second_derivatives(name, work, way):
+    _check(name, way, work=work)
+
+
+@BY_WAY
+@pytest.mark.parametrize("name", ["cross_entropy", "nll", "cross_entropy weight"])
+def test_a_label_out_of_range_spoils_one_token_only(name, way):
+    case = CASES[name]
+    arguments, cotangent = arguments_of(case, SIZES)
+    arguments["labels"][[1, 10]] = SIZES["c"], -1
+    losses, gradients = _run(case, way, (arguments, cotangent))
+    bad = np.isin(np.arange(SIZES["n"]), [1, 10])
+    assert np.array_equal(np.isnan(losses), bad)
+    gradients = np.isnan(gradients[case.wrt[0]])
+    assert np.array_equal(gradients.any(-1), bad)
+    assert np.array_equal(gradients.all(-1), bad)
+
+
+def _composed(logits, labels, axis_name=None):
+    return jaxent.nll(jaxent.log_softmax(logits, axis_name=axis_name), labels, reduction="none", axis_name=axis_name)
+
+
+@BY_WAY
+@pytest.mark.parametrize("function", [partial(jaxent.cross_entropy, reduction="none"), _composed])
+def test_accurate_at_large_margins(function, way):
+    margins = np.repeat([2.0, 17.0, 30.0, 80.0], 4)
+    rng = np.random.default_rng(0)
+    logits = rng.normal(size=(16, 32)).clip(-3, 3).astype(np.float32)
+    labels = rng.integers(0, 32, 16).astype(np.int32)
+    leader = np.where(np.arange(16) % 4 == 3, (labels + 20) % 32, labels)  # one in four on another device
+    logits[np.arange(16), leader] = margins
+    losses, gradients = map(np.stack, zip(*map(_exact.loss_and_gradient, logits, labels), strict=True))
+    case = replace(CASES["cross_entropy"], function=function, options={})
+    arguments = {"logits": logits, "labels": labels}, np.ones(16, np.float32)
+    got, grads = _run(case, way, arguments)
+    assert _exact.relative_error(got, losses) <= 1e-5
+    assert _exact.relative_error(grads["logits"], gradients) <= 1e-5
+
+
+def _label_column(function, wrt, arguments, cotangent):
+    """The gradients, and their derivative by the label's own logit."""
+
+    def gradients(x):
+        return _first_order(function, wrt, arguments | x, cotangent)[1]
+
+    x = {name: arguments[name] for name in wrt}
+    direction = jnp.arange(SIZES["c"]) == arguments["labels"][:, None]
+    return jax.jvp(gradients, (x,), ({"logits": direction.astype(jnp.float32)},))
+
+
+@pytest.mark.parametrize("way", [way for way in WAYS if "inside" not in way])
+def test_second_derivatives_are_accurate_at_large_margins(way):
+    rng = np.random.default_rng(0)
+    logits = rng.normal(size=(16, 32)).clip(-3, 3).astype(np.float32)
+    labels = rng.integers(0, 32, 16).astype(np.int32)
+    logits[np.arange(16), labels] = np.repeat([2.0, 17.0, 30.0, 80.0], 4)
+    want = np.stack([_exact.hessian(x)[:, y] for x, y in zip(logits, labels, strict=True)])
+    arguments = {"logits": logits, "labels": labels}, np.ones(16, np.float32)
+    _, got = _run(CASES["cross_entropy"], way, arguments, work=_label_column)
+    assert _exact.relative_error(got["logits"], want) <= 1e-5
+
+
+_COLLECTIVE = re.compile(
+    r" = (?P<shapes>\(.*?\)|\S+) "
+    r"(?P<name>all-gather|all-reduce|all-to-all|collective-\w+|ragged-all-to-all|reduce-scatter)(-start)?\("
+)
+
+
+def _collectives(function, arguments):
+    """How often the compiled program communicates: (operation, number of elements) -> count."""
+    text = jax.jit(function).lower(*arguments).compile().as_text()
+    found = Counter()
+    for match in _COLLECTIVE.finditer(text):
+        for shape in re.findall(r"\w+\[([\d,]*)\]", match["shapes"]):
+            found[match["name"], int(np.prod([int(n) for n in shape.split(",") if n]))] += 1
+    return found
+
+
+def _communication(case, way, sizes):
+    function, mesh, specs = sharded(case, way, "tokens and classes")
+    with jax.set_mesh(mesh):
+        return _collectives(function, _put(arguments_of(case, sizes), specs, mesh))
+
+
+@BY_MAIN_WAY
+@pytest.mark.parametrize(
+    ("name", "classes"),
+    [*((name, 32) for name in CASES), *((name, 2048) for name in ("log_softmax", "nll", "cross_entropy with all"))],
+)
+def test_only_scalars_of_each_token_are_communicated(name, way, classes):
+    sizes = {"n": 4, "c": classes, "l": 3}
+    case = CASES[name]
+    # The gradient of class weights is a sum over tokens; here is the one of the logits.
+    found = _communication(replace(case, wrt=case.wrt[:1]), way, sizes)
+    # On one device are half of the tokens, unless a loss that is reduced inside shard_map, or a mask, is of them all.
+    halves = 1 if case.arrays.get("where") == "c" or ("shard_map" in way and not case.out) else 2
+    tokens = sizes["n"] // halves * (sizes["l"] if "l" in case.tokens else 1)
+    assert tokens < classes // 4
+    assert found, "classes on four devices must communicate"
+    assert {operation for operation, _ in found} == {"all-reduce"}, found
+    assert max(size for _, size in found) <= tokens, found
+
+
+def _indexed(logits, labels):
+    return -jax.nn.log_softmax(logits)[jnp.arange(labels.size), labels]
+
+
+def _sliced(logits, labels):
+    return jax.nn.logsumexp(logits, -1) - sum(jnp.where(labels == k, logits[:, k], 0) for k in range(logits.shape[1]))
+
+
+def _with_argmax(logits, labels):
+    return jnp.where(jnp.argmax(logits, -1) == labels, 0, -jnp.max(jax.nn.log_softmax(logits), -1))
+
+
+@pytest.mark.parametrize("function", [_indexed, _sliced, _with_argmax])
+def test_other_communication_is_found(function):
+    case = replace(CASES["cross_entropy"], function=function, options={})
+    found = _communication(case, "auto", {"n": 4, "c": 32})
+    assert any(operation != "all-reduce" or size > 2 for operation, size in found), found
