@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Integer
 
 from ._check import (
@@ -176,12 +176,16 @@ _Wanted = tuple[bool, bool, bool]
 def _linear_cross_entropy(arrays: _Arrays, options: _Options, reduction: Reduction) -> Float[Array, "..."]:
     scale = None if reduction == "none" else _scale(options, arrays, reduction)
     arrays = _Arrays(*jax.tree.map(jnp.asarray, arrays))
-    of_hidden, of_kernel = (jax.typeof(x).sharding for x in (arrays.hidden, arrays.kernel))
-    if not any(of_hidden.spec) and not any(of_kernel.spec):
-        return _on_device(options, arrays, scale)
+    shardings = [jax.typeof(x).sharding for x in jax.tree.leaves(arrays)]
+    mesh = next((sharding.mesh for sharding in shardings if any(sharding.spec)), None)
+    return _on_device(options, arrays, scale) if mesh is None else _across_devices(options, arrays, scale, mesh)
 
-    # Explicit sharding tells where tokens and classes are, so that every device can loop over its own tokens.
-    mesh = of_hidden.mesh
+
+def _across_devices(
+    options: _Options, arrays: _Arrays, scale: Float[Array, ""] | None, mesh: AbstractMesh
+) -> Float[Array, "..."]:
+    """Under explicit sharding: arrays tell where tokens and classes are, so each device loops over its own tokens."""
+    of_hidden, of_kernel = (jax.typeof(x).sharding for x in (arrays.hidden, arrays.kernel))
     *lead, of_features = of_hidden.spec
     if of_features is not None or of_kernel.spec[0] is not None:
         raise ValueError(
