@@ -113,6 +113,17 @@ def check_ignore_index(ignore_index: int | None) -> int | None:
         raise TypeError(f"ignore_index must be an integer or None, got {ignore_index!r}") from None
 
 
+def check_chunk_size(chunk_size: int | None) -> int | None:
+    """`chunk_size` as a positive Python int or None."""
+    try:
+        size = None if chunk_size is None else operator.index(chunk_size)
+    except TypeError:
+        raise TypeError(f"chunk_size must be an integer or None, got {chunk_size!r}") from None
+    if size is not None and size < 1:
+        raise ValueError(f"chunk_size must be at least 1, got {chunk_size}")
+    return size
+
+
 def check_labels(
     name: str, shape: tuple[int, ...], labels: LabelArray, axis: ClassAxis, ignore_index: int | None
 ) -> bool:

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
-from jaxtyping import Array, Float, Integer
+from jaxtyping import Array, Float, Integer, Shaped
 
 from ._check import (
     AxisName,
@@ -17,6 +17,7 @@ from ._check import (
     LabelArray,
     Reduction,
     check_axis_name,
+    check_chunk_size,
     check_floating,
     check_ignore_index,
     check_labels,
@@ -100,7 +101,7 @@ def linear_cross_entropy(
         Wijmans et al. 2024, "Cut Your Losses in Large-Vocabulary Language Models";
         Hsu et al. 2024, "Liger Kernel"; softcap: Gemma Team 2024, "Gemma 2".
     """
-    _check(hidden, kernel, bias, softcap, chunk_size)
+    _check(hidden, kernel, bias, softcap)
     axis = ClassAxis(hidden.ndim - 1, check_axis_name(axis_name))
     ignore_index = check_ignore_index(ignore_index)
     check_reduction(reduction)
@@ -113,14 +114,12 @@ def linear_cross_entropy(
         check_smoothing(label_smoothing),
         check_number("z_loss", z_loss),
         None if softcap is None else float(softcap),
-        chunk_size,
+        check_chunk_size(chunk_size),
     )
-    return _linear_cross_entropy(_Arrays(hidden, kernel, bias, weight, labels), options, reduction)
+    return _linear_cross_entropy(hidden, kernel, bias, weight, labels, options, reduction)
 
 
-def _check(
-    hidden: FloatArray, kernel: FloatArray, bias: FloatArray | None, softcap: float | None, chunk_size: int | None
-) -> None:
+def _check(hidden: FloatArray, kernel: FloatArray, bias: FloatArray | None, softcap: float | None) -> None:
     check_floating("hidden", hidden)
     check_floating("kernel", kernel)
     if not hidden.ndim:
@@ -136,8 +135,6 @@ def _check(
             raise ValueError(f"bias must have shape {kernel.shape[1:]}, one entry per class, got shape {bias.shape}")
     if softcap is not None and not check_number("softcap", softcap) > 0.0:
         raise ValueError(f"softcap must be positive or None, got {softcap}")
-    if chunk_size is not None and not (isinstance(chunk_size, int) and chunk_size > 0):
-        raise ValueError(f"chunk_size must be a positive integer or None, got {chunk_size!r}")
 
 
 class _Options(NamedTuple):
@@ -154,11 +151,11 @@ class _Options(NamedTuple):
 class _Arrays(NamedTuple):
     """What is not. `hidden` and `labels` have a row per token."""
 
-    hidden: FloatArray
-    kernel: FloatArray
-    bias: FloatArray | None
-    weight: FloatArray | None
-    labels: LabelArray
+    hidden: Float[Array, "..."]
+    kernel: Float[Array, "features classes"]
+    bias: Float[Array, " classes"] | None
+    weight: Float[Array, " classes"] | None
+    labels: Shaped[Array, "..."]
 
 
 class _Gradients(NamedTuple):
@@ -172,10 +169,18 @@ class _Gradients(NamedTuple):
 _Wanted = tuple[bool, bool, bool]
 
 
-@partial(jax.jit, static_argnums=(1, 2))
-def _linear_cross_entropy(arrays: _Arrays, options: _Options, reduction: Reduction) -> Float[Array, "..."]:
+@partial(jax.jit, static_argnums=(5, 6))
+def _linear_cross_entropy(
+    hidden: FloatArray,
+    kernel: FloatArray,
+    bias: FloatArray | None,
+    weight: FloatArray | None,
+    labels: LabelArray,
+    options: _Options,
+    reduction: Reduction,
+) -> Float[Array, "..."]:
+    arrays = _Arrays(*jax.tree.map(jnp.asarray, (hidden, kernel, bias, weight, labels)))
     scale = None if reduction == "none" else _scale(options, arrays, reduction)
-    arrays = _Arrays(*jax.tree.map(jnp.asarray, arrays))
     shardings = [jax.typeof(x).sharding for x in jax.tree.leaves(arrays)]
     mesh = next((sharding.mesh for sharding in shardings if any(sharding.spec)), None)
     return _on_device(options, arrays, scale) if mesh is None else _across_devices(options, arrays, scale, mesh)
@@ -200,13 +205,14 @@ def _across_devices(
         )
     of_classes = PartitionSpec(of_kernel.spec[1])
     of_labels = PartitionSpec(*lead, *(of_classes if arrays.labels.ndim > len(lead) else ()))
-    specs = _Arrays(of_hidden.spec, of_kernel.spec, of_classes, of_classes, of_labels)
-    specs = _Arrays(*(None if x is None else spec for x, spec in zip(arrays, specs, strict=True)))
-    arrays = jax.tree.map(lambda x, spec: jax.sharding.reshard(x, NamedSharding(mesh, spec)), arrays, specs)
+    specs = (of_hidden.spec, of_kernel.spec, of_classes, of_classes, of_labels)
+    specs = tuple(None if x is None else spec for x, spec in zip(arrays, specs, strict=True))
+    shardings = jax.tree.map(partial(NamedSharding, mesh), specs)
+    parts = jax.tree.map(jax.sharding.reshard, tuple(arrays), shardings)
     options = options._replace(classes=ClassAxis(1, class_names))
 
-    def part(arrays: _Arrays, scale: Array | None) -> Array:
-        loss = _on_device(options, arrays, scale)
+    def part(parts: Any, scale: Array | None) -> Array:
+        loss = _on_device(options, _Arrays(*parts), scale)
         return loss if scale is None else jax.lax.psum(loss, token_names)
 
     explicit = [
@@ -218,7 +224,7 @@ def _across_devices(
         in_specs=(specs, None if scale is None else PartitionSpec()),
         out_specs=PartitionSpec(*lead) if scale is None else PartitionSpec(),
         axis_names=set(explicit),
-    )(arrays, scale)
+    )(parts, scale)
 
 
 def _names(*entries: str | tuple[str, ...] | None) -> tuple[str, ...]:
@@ -272,7 +278,7 @@ def _total_jvp(options: _Options, primals: tuple[_Arrays, Array], tangents: tupl
     arrays, scale = primals
     arrays_dot, scale_dot = tangents
     if _is_perturbed(arrays_dot.weight) or _is_perturbed(arrays_dot.labels):
-        return _jvp_by_ad(lambda arrays, scale: scale * jnp.sum(_sweep_losses(options, arrays)), primals, tangents)
+        return _jvp_by_ad(partial(_sweep_total, options), primals, tangents)
     wanted, linear_dot = _wanted(arrays_dot)
     losses, gradients = _losses_and_gradients(
         options, wanted, arrays, jnp.broadcast_to(scale, arrays.hidden.shape[:1])
@@ -312,7 +318,11 @@ def _directional(
     """
     zero = vary(jnp.zeros(arrays.hidden.shape[0], _compute_dtype(arrays)), arrays, direction)
     direction = tuple(vary(v.astype(zero.dtype), zero) for v in direction)
-    arrays = jax.tree.map(lambda x: vary(x, arrays), arrays)  # custom_linear_solve would, but only when it is lowered
+
+    def vary_like_all(x: Array) -> Array:
+        return vary(x, arrays)
+
+    arrays = jax.tree.map(vary_like_all, arrays)  # custom_linear_solve would do so, but only when it is lowered
 
     def known() -> _Arrays:
         # Labels are the same on all devices that share a token; pmax says so again.
@@ -376,7 +386,6 @@ def _sweep(
     chunks = _chunks(options, arrays, skip=not differentiable)
     operand = jnp.result_type(hidden, kernel)
     kernel = kernel.astype(operand)
-    gradient_wanted = any(wanted)
     largest = None
     if scale is not None and operand.itemsize < 4:  # the factor of 1 / tokens would leave the range of float16
         largest = jax.lax.stop_gradient(jnp.max(jnp.abs(scale), initial=0.0))
@@ -385,15 +394,16 @@ def _sweep(
 
     def products(
         x: Array, kernel: Array, bias: Array | None, weight: Array | None, labels: Array, s: Array
-    ) -> tuple[Array, tuple[Array | None, Array | None, Array | None]]:
-        loss, g = _chunk(options, x, kernel, bias, weight, labels, s if gradient_wanted else None)
-        if g is None:
-            return loss, (None, None, None)
+    ) -> tuple[Array, _Gradients]:
+        logits = _logits(x, kernel, bias)
+        if not any(wanted):
+            return _losses_of_logits(options, labels, weight, logits), _Gradients(None, None, None)
+        loss, g = _losses_and_gradient_of_logits(options, labels, weight, s, logits)
         bias_term = jnp.sum(g, 0) if wanted[2] else None
         g = g.astype(operand)
         hidden_term = _dot(kernel, g, 1, 1, dtype).T if wanted[0] else None  # in this order faster on CPUs
         kernel_term = (_dot(x, g, 0, 0, dtype) if differentiable else g) if wanted[1] else None
-        return loss, (hidden_term, kernel_term, bias_term)
+        return loss, _Gradients(hidden_term, kernel_term, bias_term)
 
     if differentiable:
         products = jax.checkpoint(products)
@@ -402,17 +412,17 @@ def _sweep(
     def step(i: Any, carry: tuple[Array, _Gradients]) -> tuple[Array, _Gradients]:
         losses, gradients = carry
         counts = chunks.counts(i)
-        x, y, s = jax.tree.map(lambda rows: chunks.take(rows, i), by_token)
+        x, y, s = (chunks.take(rows, i) for rows in by_token)
         x = jnp.where(counts[:, None], x, 0).astype(operand)  # NaNs of a row that does not count must not spread
         s = jnp.where(counts, s, 0.0)
-        loss, (hidden_term, kernel_term, bias_term) = products(x, kernel, bias, weight, y, s)
+        loss, terms = products(x, kernel, bias, weight, y, s)
         of_hidden, of_kernel, of_bias = gradients
-        if of_hidden is not None:
-            of_hidden = chunks.put(of_hidden, hidden_term, i)
-        if of_kernel is not None:
-            of_kernel = of_kernel + kernel_term if differentiable else _add_product(of_kernel, x, kernel_term)
-        if of_bias is not None:
-            of_bias = of_bias + bias_term
+        if of_hidden is not None and terms.hidden is not None:
+            of_hidden = chunks.put(of_hidden, terms.hidden, i)
+        if of_kernel is not None and terms.kernel is not None:
+            of_kernel = of_kernel + terms.kernel if differentiable else _add_product(of_kernel, x, terms.kernel)
+        if of_bias is not None and terms.bias is not None:
+            of_bias = of_bias + terms.bias
         losses = chunks.put(losses, jnp.where(counts, loss, 0.0), i)
         return losses, _Gradients(of_hidden, of_kernel, of_bias)
 
@@ -426,16 +436,21 @@ def _sweep(
         ),
     )
     losses, gradients = jax.lax.fori_loop(0, chunks.steps, step, start)
-    if wanted[0]:
+    if gradients.hidden is not None:
         gradients = gradients._replace(hidden=chunks.gather(gradients.hidden))
     if largest is not None:
-        gradients = jax.tree.map(lambda g: g * largest, gradients)
+        gradients = _Gradients(*(None if g is None else g * largest for g in gradients))
     return chunks.gather(losses), gradients
 
 
 def _sweep_losses(options: _Options, arrays: _Arrays) -> Float[Array, " tokens"]:
     """`_losses` for AD."""
     return _sweep(options, (False, False, False), arrays, None, differentiable=True)[0]
+
+
+def _sweep_total(options: _Options, arrays: _Arrays, scale: Float[Array, ""]) -> Float[Array, ""]:
+    """`_total` for AD."""
+    return scale * jnp.sum(_sweep_losses(options, arrays))
 
 
 def _sweep_directional(
@@ -449,7 +464,8 @@ def _sweep_directional(
     kernel = kernel.astype(operand)
     parts = iter(direction)
     hidden_dot, kernel_dot, bias_dot = (next(parts) if want else None for want in wanted)
-    by_token = jax.tree.map(chunks.spread, (hidden, labels, hidden_dot))
+    hidden_dot = None if hidden_dot is None else chunks.spread(hidden_dot)
+    by_token = chunks.spread(hidden), chunks.spread(labels)
 
     @jax.checkpoint
     def along(
@@ -462,7 +478,8 @@ def _sweep_directional(
         kernel_dot: Array | None,
         bias_dot: Array | None,
     ) -> Array:
-        g = _chunk(options, x, kernel, bias, weight, y, jnp.ones(x.shape[0], dtype))[1]
+        ones = jnp.ones(x.shape[0], dtype)
+        _, g = _losses_and_gradient_of_logits(options, y, weight, ones, _logits(x, kernel, bias))
         logits_dot = jnp.zeros((), dtype) if bias_dot is None else bias_dot
         if x_dot is not None:
             logits_dot += _dot(x_dot, kernel.astype(dtype), 1, 0, dtype)
@@ -472,7 +489,8 @@ def _sweep_directional(
 
     def step(tangent: Array, i: Integer[Array, ""]) -> tuple[Array, None]:
         counts = chunks.counts(i)
-        x, y, x_dot = jax.tree.map(lambda rows: chunks.take(rows, i), by_token)
+        x, y = (chunks.take(rows, i) for rows in by_token)
+        x_dot = None if hidden_dot is None else chunks.take(hidden_dot, i)
         x = jnp.where(counts[:, None], x, 0).astype(operand)
         rows = along(x, kernel, bias, weight, y, x_dot, kernel_dot, bias_dot)
         return chunks.put(tangent, jnp.where(counts, rows, 0.0), i), None
@@ -481,38 +499,46 @@ def _sweep_directional(
     return chunks.gather(jax.lax.scan(step, start, jnp.arange(chunks.steps))[0])
 
 
-def _chunk(
-    options: _Options,
+def _logits(
     x: Float[Array, "size features"],
     kernel: Float[Array, "features classes"],
     bias: Float[Array, " classes"] | None,
-    weight: Float[Array, " classes"] | None,
+) -> Float[Array, "size classes"]:
+    logits = _dot(x, kernel, 1, 0, jnp.promote_types(x.dtype, jnp.float32))
+    return logits if bias is None else logits + bias.astype(logits.dtype)
+
+
+def _losses_of_logits(
+    options: _Options, labels: Array, weight: Float[Array, " classes"] | None, logits: Float[Array, "size classes"]
+) -> Float[Array, " size"]:
+    if options.softcap is not None:
+        logits = options.softcap * jnp.tanh(logits / options.softcap)
+    return cross_entropy_core(
+        logits,
+        labels,
+        None,
+        weight,
+        options.classes,
+        options.ignore_index,
+        "none",
+        options.label_smoothing,
+        options.z_loss,
+    )
+
+
+def _losses_and_gradient_of_logits(
+    options: _Options,
     labels: Array,
-    scale: Float[Array, " size"] | None,
-) -> tuple[Float[Array, " size"], Float[Array, "size classes"] | None]:
-    """Losses of a few tokens, and the gradients of `sum(scale * losses)` with respect to their logits."""
-    dtype = jnp.promote_types(x.dtype, jnp.float32)
-    logits = _dot(x, kernel, 1, 0, dtype)
-    if bias is not None:
-        logits += bias.astype(dtype)
+    weight: Float[Array, " classes"] | None,
+    scale: Float[Array, " size"],
+    logits: Float[Array, "size classes"],
+) -> tuple[Float[Array, " size"], Float[Array, "size classes"]]:
+    """The losses, and the gradient of `sum(scale * losses)`."""
 
     def losses(logits: Array) -> tuple[Array, Array]:
-        capped = logits if options.softcap is None else options.softcap * jnp.tanh(logits / options.softcap)
-        loss = cross_entropy_core(
-            capped,
-            labels,
-            None,
-            weight,
-            options.classes,
-            options.ignore_index,
-            "none",
-            options.label_smoothing,
-            options.z_loss,
-        )
+        loss = _losses_of_logits(options, labels, weight, logits)
         return vary(loss, logits), loss
 
-    if scale is None:
-        return losses(logits)[1], None
     # If the classes are split, the pullback sums cotangents over the devices that hold them, and all have the same.
     _, pullback, loss = jax.vjp(losses, logits, has_aux=True)
     (gradient,) = pullback(vary(scale / jax.lax.axis_size(options.classes.names), logits))
@@ -530,7 +556,11 @@ def _add_product(total: Float[Array, "features classes"], x: Array, g: Array) ->
         return jax.lax.dynamic_update_slice_in_dim(total, part, start, 0)
 
     whole, rest = divmod(features, rows)
-    total = jax.lax.fori_loop(0, whole, lambda i, total: add(i * rows, rows, total), total)
+
+    def step(i: Any, total: Array) -> Array:
+        return add(i * rows, rows, total)
+
+    total = jax.lax.fori_loop(0, whole, step, total)
     return add(whole * rows, rest, total) if rest else total
 
 
@@ -552,7 +582,7 @@ def _chunks(options: _Options, arrays: _Arrays, *, skip: bool) -> Chunks:
 def _wanted(arrays_dot: Any) -> tuple[_Wanted, tuple[Array, ...]]:
     """Which of hidden, kernel and bias have tangents, and those tangents."""
     linear = (arrays_dot.hidden, arrays_dot.kernel, arrays_dot.bias)
-    wanted = tuple(map(_is_perturbed, linear))
+    wanted = (_is_perturbed(linear[0]), _is_perturbed(linear[1]), _is_perturbed(linear[2]))
     return wanted, tuple(t for t, want in zip(linear, wanted, strict=True) if want)
 
 
