@@ -17,7 +17,7 @@ from jax.sharding import PartitionSpec as P
 
 import jaxent
 
-SIZES = {"n": 16, "c": 32, "l": 3}  # tokens, classes, and an axis that is never sharded
+SIZES = {"n": 16, "c": 32, "l": 3, "d": 8}  # tokens, classes, and two axes that are never sharded
 
 # Over which mesh axes tokens and classes are sharded.
 LAYOUTS = {
@@ -54,6 +54,9 @@ def _case(function, arrays, out="n", dtype=jnp.float32, wrt=("logits",), ignored
 _LOGITS, _INDICES = {"logits": "nc"}, {"logits": "nc", "labels": "n"}
 _SOFT = {"logits": "nc", "labels": "nc"}
 _CE = partial(_case, jaxent.cross_entropy, reduction="none")
+_LCE = partial(_case, jaxent.linear_cross_entropy, reduction="none", chunk_size=4)
+_LINEAR = {"hidden": "nd", "kernel": "dc", "labels": "n", "bias": "c"}
+_LEARNT = ("hidden", "kernel", "bias")
 _NLL = partial(_case, jaxent.nll, wrt=("log_probs",), reduction="none")
 CASES = {
     "softmax": _case(jaxent.softmax, _LOGITS, "nc"),
@@ -87,7 +90,23 @@ CASES = {
     "cross_entropy bfloat16": _CE(_INDICES | {"weight": "c"}, dtype=jnp.bfloat16),
     "cross_entropy mean": _CE(_INDICES | {"weight": "c"}, "", ignored=True, reduction="mean"),
     "cross_entropy sum": _CE(_INDICES, "", reduction="sum"),
+    "linear_cross_entropy": _LCE(_LINEAR, wrt=_LEARNT),
+    "linear_cross_entropy of rows": _LCE(
+        _LINEAR | {"hidden": "nld", "labels": "nl"}, "nl", wrt=_LEARNT, ignored=True
+    ),
+    "linear_cross_entropy bfloat16": _LCE(_LINEAR, dtype=jnp.bfloat16, wrt=_LEARNT),
+    "linear_cross_entropy frozen kernel": _LCE(_LINEAR, wrt=("hidden",), ignored=True),
+    "linear_cross_entropy probabilities": _LCE(_LINEAR | {"labels": "nc"}, wrt=("hidden", "kernel", "labels")),
+    "linear_cross_entropy with all": _LCE(
+        _LINEAR | {"weight": "c"}, wrt=_LEARNT, ignored=True, label_smoothing=0.2, z_loss=0.1, softcap=5.0
+    ),
+    "linear_cross_entropy mean": _LCE(_LINEAR | {"weight": "c"}, "", wrt=_LEARNT, ignored=True, reduction="mean"),
+    "linear_cross_entropy mean of class weights": _LCE(
+        _LINEAR | {"weight": "c"}, "", wrt=("weight", "kernel"), ignored=True, reduction="mean"
+    ),
+    "linear_cross_entropy sum": _LCE(_LINEAR, "", wrt=_LEARNT, reduction="sum"),
 }
+LINEAR_CASES = [name for name in CASES if name.startswith("linear")]
 
 
 def arguments_of(case, sizes=SIZES):
@@ -104,6 +123,8 @@ def arguments_of(case, sizes=SIZES):
             arguments[name] = rng.uniform(0.5, 2, shape).astype(case.dtype)
         elif name == "labels":
             arguments[name] = (rng.random(shape) / sizes["c"]).astype(case.dtype)
+        elif name == "kernel":  # such that logits are of the size that they have elsewhere
+            arguments[name] = (rng.normal(size=shape) / np.sqrt(sizes["d"])).astype(case.dtype)
         else:
             arguments[name] = (rng.normal(size=shape) * 3).astype(case.dtype)
     axes = case.arrays.get("labels")
@@ -227,7 +248,17 @@ def test_values_and_gradients(name, way):
 
 @BY_MAIN_WAY
 @pytest.mark.parametrize("layout", list(LAYOUTS)[1:])
-@pytest.mark.parametrize("name", ["log_softmax", "nll weight", "cross_entropy mean", "cross_entropy with all"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "log_softmax",
+        "nll weight",
+        "cross_entropy mean",
+        "cross_entropy with all",
+        "linear_cross_entropy with all",
+        "linear_cross_entropy mean",
+    ],
+)
 def test_layouts(name, layout, way):
     _check(name, way, layout)
 
@@ -248,6 +279,10 @@ def test_numbers_of_classes(name, classes, way):
         ("cross_entropy", _second_order),
         ("cross_entropy with all", _second_order),
         ("cross_entropy with all", _reverse_over_reverse),
+        ("linear_cross_entropy mean", _second_order),
+        ("linear_cross_entropy mean", _reverse_over_reverse),
+        ("linear_cross_entropy with all", _second_order),
+        ("linear_cross_entropy with all", _reverse_over_reverse),
     ],
 )
 def test_second_derivatives(name, work, way):
@@ -337,7 +372,10 @@ def _communication(case, way, sizes):
 @BY_MAIN_WAY
 @pytest.mark.parametrize(
     ("name", "classes"),
-    [*((name, 32) for name in CASES), *((name, 2048) for name in ("log_softmax", "nll", "cross_entropy with all"))],
+    [
+        *((name, 32) for name in CASES if name not in LINEAR_CASES),
+        *((name, 2048) for name in ("log_softmax", "nll", "cross_entropy with all")),
+    ],
 )
 def test_only_scalars_of_each_token_are_communicated(name, way, classes):
     sizes = {"n": 4, "c": classes, "l": 3}
@@ -351,6 +389,43 @@ def test_only_scalars_of_each_token_are_communicated(name, way, classes):
     assert found, "classes on four devices must communicate"
     assert {operation for operation, _ in found} == {"all-reduce"}, found
     assert max(size for _, size in found) <= tokens, found
+
+
+def _collectives_by_place(function, arguments):
+    """Elements of each array that is communicated, as (operation, number), in loops and outside of them."""
+    text = jax.jit(function).lower(*arguments).compile().as_text()
+    bodies = set(re.findall(r"body=%?([\w.\-]+)", text))
+    places = {"loop": [], "once": []}
+    for computation in re.split(r"\n(?=\S)", text):
+        name = re.match(r"(?:ENTRY )?%?([\w.\-]+)", computation)
+        place = places["loop" if name and name[1] in bodies else "once"]
+        for match in _COLLECTIVE.finditer(computation):
+            for shape in re.findall(r"\w+\[([\d,]*)\]", match["shapes"]):
+                place.append((match["name"], int(np.prod([int(n) for n in shape.split(",") if n]))))
+    return places
+
+
+@pytest.mark.parametrize(
+    ("reduction", "way"), [*(("none", way) for way in WAYS), ("sum", "auto"), ("sum", "explicit")]
+)
+def test_what_linear_cross_entropy_communicates(reduction, way):
+    # Each size tells what it is of. A device has 24 tokens, in 4 chunks of 6, and 7 classes.
+    sizes = {"n": 48, "c": 28, "d": 16}
+    case = _LCE(_LINEAR, "n" if reduction == "none" else "", wrt=_LEARNT, reduction=reduction)
+    case = replace(case, options=case.options | {"chunk_size": 12 if way == "auto" else 6})
+    function, mesh, specs = sharded(case, way, "tokens and classes")
+    with jax.set_mesh(mesh):
+        places = _collectives_by_place(function, _put(arguments_of(case, sizes), specs, mesh))
+    assert {operation for found in places.values() for operation, _ in found} == {"all-reduce"}, places
+    loop, once = (sorted(size for _, size in places[place] if size > 24) for place in ("loop", "once"))
+    if (
+        way == "auto"
+    ):  # each chunk's dHidden; and its dKernel, 8 rows at a time: nothing public moves that out of the loop
+        assert loop == [8 * 7, 6 * 16], places
+        assert not once, places
+    else:
+        assert not loop, places
+        assert once == [16 * 7, 24 * 16], places
 
 
 def _indexed(logits, labels):

@@ -11,7 +11,7 @@ import numpy as np
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-NAMES = ("cross_entropy with all", "cross_entropy mean", "log_softmax")
+NAMES = ("cross_entropy with all", "cross_entropy mean", "log_softmax", "linear_cross_entropy mean")
 WAYS = ("auto", "explicit", "shard_map")
 NO_GLOO = 77  # exit status
 
