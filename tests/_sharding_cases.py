@@ -264,7 +264,7 @@ def test_layouts(name, layout, way):
 
 
 @BY_MAIN_WAY
-@pytest.mark.parametrize("classes", [40, 2048])
+@pytest.mark.parametrize("classes", [40, 4800])
 @pytest.mark.parametrize("name", ["log_softmax", "cross_entropy"])
 def test_numbers_of_classes(name, classes, way):
     # Not few, and so many that shard_map sums them in blocks.
