@@ -1,4 +1,4 @@
-"""PyTorch's softmax, log_softmax, nll and cross_entropy for JAX."""
+"""PyTorch's softmax, log_softmax, nll, cross_entropy and linear_cross_entropy for JAX."""
 
 from ._cross_entropy import cross_entropy as cross_entropy
 from ._linear_cross_entropy import linear_cross_entropy as linear_cross_entropy

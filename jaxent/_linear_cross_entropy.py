@@ -435,7 +435,8 @@ def _sweep(
             jnp.broadcast_to(zero, kernel.shape[1]) if wanted[2] else None,
         ),
     )
-    losses, gradients = jax.lax.fori_loop(0, chunks.steps, step, start)
+    # Without tokens nothing can be indexed, even in a loop of no steps.
+    losses, gradients = jax.lax.fori_loop(0, chunks.steps, step, start) if tokens else start
     if gradients.hidden is not None:
         gradients = gradients._replace(hidden=chunks.gather(gradients.hidden))
     if largest is not None:
@@ -496,7 +497,8 @@ def _sweep_directional(
         return chunks.put(tangent, jnp.where(counts, rows, 0.0), i), None
 
     start = vary(chunks.spread(jnp.zeros(hidden.shape[0], dtype)), arrays, direction)
-    return chunks.gather(jax.lax.scan(step, start, jnp.arange(chunks.steps))[0])
+    tangent = jax.lax.scan(step, start, jnp.arange(chunks.steps))[0] if hidden.shape[0] else start
+    return chunks.gather(tangent)
 
 
 def _logits(

@@ -158,3 +158,23 @@ def test_integer_logits(name):
     assert getattr(functional, name)(torch.tensor([1, 2]), 0, dtype=torch.float32).dtype == torch.float32
     with pytest.raises(TypeError, match="logits"):
         getattr(jaxent, name)(jnp.array([1, 2]), dtype="float32")
+
+
+def test_orientation_of_the_kernel():
+    hidden, kernel = np.eye(2, 3, dtype=np.float32), np.arange(12, dtype=np.float32).reshape(3, 4)
+    labels = np.array([0, 3])
+    loss = functional.linear_cross_entropy(torch.tensor(hidden), torch.tensor(kernel.T), torch.tensor(labels))
+    np.testing.assert_allclose(jaxent.linear_cross_entropy(hidden, kernel, labels), loss, rtol=8 * EPS)
+
+
+def test_nan_in_an_ignored_token():
+    hidden, kernel = np.array([[1.0], [np.nan]], np.float32), np.array([[1.0, 2.0]], np.float32)
+    labels = np.array([0, -100])
+    weight = torch.tensor(kernel.T, requires_grad=True)
+    functional.linear_cross_entropy(torch.tensor(hidden), weight, torch.tensor(labels)).backward()
+    assert weight.grad.isnan().all()
+
+    gradients = jax.grad(jaxent.linear_cross_entropy, (0, 1))(hidden, kernel, labels)
+    p = 1 / (1 + np.exp(-1.0))  # of the second class
+    np.testing.assert_allclose(gradients[0], [[p], [0.0]], rtol=8 * EPS)
+    np.testing.assert_allclose(gradients[1], [[-p, p]], rtol=8 * EPS)
