@@ -167,3 +167,111 @@ def _denominator(labels, weight, examples, options, soft):
     kept = labels[labels != options.get("ignore_index", -100)]
     weights = np.ones(kept.shape) if weight is None else np.asarray(weight, np.float64)[kept]
     return abs(weights.sum()) or 1.0
+
+
+def torch_linear_cross_entropy(
+    hidden, kernel, labels, bias=None, weight=None, *, softcap=None, z_loss=0.0, ignore_index=-100, reduction="mean",
+    label_smoothing=0.0,
+):  # fmt: skip
+    """`functional.linear_cross_entropy` with the kernel transposed, and with softcap, z_loss and batch axes."""
+    lead = hidden.shape[:-1]
+    if soft := labels.is_floating_point():
+        nobody, counts = None, torch.ones(lead, dtype=torch.float64)
+    else:
+        nobody = -(2**40) if ignore_index is None else ignore_index
+        counts = (labels != nobody).double()
+    options = {"weight": weight, "reduction": reduction, "label_smoothing": label_smoothing}
+    x, y = (hidden.flatten(0, -2), labels.flatten(0, len(lead) - 1)) if lead else (hidden, labels)
+    logits = functional.linear(hidden, kernel.T, bias)
+    if softcap is None:
+        loss = functional.linear_cross_entropy(x, kernel.T, y, linear_bias=bias, ignore_index=nobody, **options)
+    else:
+        logits = softcap * torch.tanh(logits / softcap)
+        x = logits.flatten(0, -2) if lead else logits
+        loss = functional.cross_entropy(x, y, **options, **({} if soft else {"ignore_index": nobody}))
+    if reduction == "none":
+        loss = loss.reshape(lead)
+    if z_loss:
+        extra = z_loss * counts * torch.logsumexp(logits, -1) ** 2
+        if reduction == "mean":
+            extra /= _denominator(labels, weight, counts.numel(), {"ignore_index": ignore_index}, soft)
+        loss = loss + (extra if reduction == "none" else extra.sum())
+    return loss
+
+
+@partial(jax.jit, static_argnames=("options",))
+def jax_linear_value_and_grads(hidden, kernel, labels, bias, weight, cotangent, options):
+    """The loss and its gradients with respect to hidden, kernel and bias."""
+
+    def loss(hidden, kernel, bias):
+        return jaxent.linear_cross_entropy(hidden, kernel, labels, bias=bias, weight=weight, **dict(options))
+
+    value, pullback = jax.vjp(loss, hidden, kernel, bias)
+    return value, pullback(cotangent.astype(value.dtype))
+
+
+def assert_linear_matches_torch(hidden, kernel, labels, *, bias=None, weight=None, **options):
+    """Value and gradients of `jaxent.linear_cross_entropy` equal torch's, for a fixed but uneven cotangent."""
+    shape = hidden.shape[:-1] if options.get("reduction", "mean") == "none" else ()
+    cotangent = np.linspace(0.5, 1.5, math.prod(shape), dtype=np.float32).reshape(shape)
+    wide = "float64" if np.float64 in (hidden.dtype, kernel.dtype) else "float32"
+    statics = tuple(sorted(options.items()))
+    with x64(wide):
+        value, grads = jax_linear_value_and_grads(hidden, kernel, labels, bias, weight, cotangent, statics)
+
+    options.pop("chunk_size", None)
+    arrays = [x for x in (hidden, kernel, bias) if x is not None]
+    inputs = [to_torch(x).requires_grad_() for x in arrays]
+    arguments = (*inputs[:2], to_torch(labels), *inputs[2:])
+    options_of_torch = options if weight is None else options | {"weight": to_torch(weight)}
+    expected = torch_linear_cross_entropy(*arguments, **options_of_torch)
+    expected_grads = torch.autograd.grad(expected, inputs, to_torch(cotangent))
+
+    loss_error, *errors = linear_errors(hidden, kernel, labels, bias, weight, cotangent, **options)
+    assert_close(value, expected.detach(), loss_error, wide)
+    for x, *of_x in zip(arrays, jax.tree.leaves(grads), expected_grads, errors[: len(arrays)], strict=True):
+        assert_close(*of_x, x.dtype.name)
+
+
+def linear_errors(
+    hidden, kernel, labels, bias, weight, cotangent, *, softcap=None, z_loss=0.0, reduction="mean",
+    label_smoothing=0.0, **options,
+):  # fmt: skip
+    """Bounds for the loss and the gradients of hidden, kernel and bias.
+
+    The logits are sums of products and carry a rounding per term. The loss changes at most by its slope times that,
+    the slope at most by itself times twice that (p does), and both carry the roundings that `_errors` counts. What
+    multiplies the slopes in the gradients is exact, and they are rounded to half precision before.
+    """
+    soft = not np.issubdtype(labels.dtype, np.integer)
+    with x64("float64"):
+        operand = jnp.promote_types(hidden.dtype, kernel.dtype)
+    eps = float(np.finfo(np.float64 if operand == np.float64 else np.float32).eps)
+    h, k = (np.asarray(x).astype(np.float64) for x in (hidden, kernel))
+    b = np.zeros(k.shape[1]) if bias is None else np.asarray(bias).astype(np.float64)
+    logits = h @ k + b
+    of_logits = eps * (k.shape[0] + 3) * (np.abs(h) @ np.abs(k) + np.abs(b)).max(-1, initial=0)
+    curvature = 2.0
+    if softcap is not None:
+        logits = softcap * np.tanh(logits / softcap)
+        of_logits = of_logits + 4 * eps * softcap
+        curvature += 2 / softcap
+    reach = _reach("linear_cross_entropy", logits, -1)
+    lse = np.abs(logits).max(-1, initial=0) + math.log(max(k.shape[1], 2))
+    heaviest = 1.0 if weight is None else float(np.abs(np.asarray(weight).astype(np.float64)).max(initial=0))
+    mass = np.abs(np.asarray(labels).astype(np.float64)).sum(-1) if soft else np.ones(reach.shape)
+    mass = heaviest * (mass + label_smoothing)
+    slope = 2 * mass + 2 * z_loss * lse
+    relative = eps * (8 + k.shape[1] + reach.size)
+    loss = slope * of_logits + relative * (mass * reach + z_loss * lse**2)
+    of_slope = slope * (2 * relative + curvature * of_logits) + 2 * z_loss * of_logits
+    if operand.itemsize < 4:
+        half = ml_dtypes.finfo(operand)
+        of_slope = of_slope + slope * float(half.eps) + k.shape[1] * float(half.smallest_subnormal)
+    divisor = _denominator(labels, weight, reach.size, options, soft) if reduction == "mean" else 1.0
+    if reduction != "none":
+        loss = loss.sum() / divisor
+    of_slope = np.broadcast_to(np.abs(cotangent).max(initial=0) / divisor, reach.shape) * of_slope
+    of_hidden = of_slope[..., None] * np.abs(k).max(-1, initial=0)
+    of_kernel = np.abs(h).reshape(-1, h.shape[-1]).T @ of_slope.reshape(-1, 1)
+    return loss, of_hidden, of_kernel, of_slope.sum()
