@@ -133,8 +133,8 @@ def _check(hidden: FloatArray, kernel: FloatArray, bias: FloatArray | None, soft
         check_floating("bias", bias)
         if bias.shape != kernel.shape[1:]:
             raise ValueError(f"bias must have shape {kernel.shape[1:]}, one entry per class, got shape {bias.shape}")
-    if softcap is not None and not check_number("softcap", softcap) > 0.0:
-        raise ValueError(f"softcap must be positive or None, got {softcap}")
+    if softcap is not None and not 0.0 < check_number("softcap", softcap) < math.inf:
+        raise ValueError(f"softcap must be positive and finite, or None, got {softcap}")
 
 
 class _Options(NamedTuple):

@@ -4,7 +4,7 @@ import os
 
 from hypothesis import HealthCheck, settings
 
-# Each of the four fuzz tests draws this many cases. The first call of every shape compiles: no deadline.
+# How many cases a fuzz test draws. The first call of every shape compiles: no deadline.
 _COMMON = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
 settings.register_profile("default", _COMMON, max_examples=50, derandomize=True)  # the same cases on every run
 settings.register_profile("nightly", _COMMON, max_examples=500)

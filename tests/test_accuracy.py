@@ -310,6 +310,44 @@ def test_mean():
     assert _exact.relative_error(grads, gradients / len(labels)) <= 1e-5
 
 
+def _linear(factor, reduction):
+    """linear_cross_entropy of exact logits: one factor holds them, the other is the identity, or both are zero."""
+    loss = functools.partial(jaxent.linear_cross_entropy, reduction=reduction, chunk_size=64)
+    if factor == "hidden":
+        return lambda x, labels: loss(x, jnp.eye(x.shape[-1]), labels)
+    if factor == "kernel":
+        return lambda x, labels: loss(jnp.eye(x.shape[0]), x, labels)
+    # All tokens share the bias, so every row has a loss to itself.
+    return jax.vmap(lambda x, label: loss(jnp.zeros(1), jnp.zeros((1, x.size)), label, bias=x))
+
+
+@pytest.mark.parametrize("reduction", ["none", "sum"])
+@pytest.mark.parametrize("factor", ["hidden", "kernel", "bias"])
+def test_linear_cross_entropy(factor, reduction):
+    logits, labels = _cases(10)
+    want, gradients = _exact_losses(10)
+
+    @jax.jit
+    def run(x):
+        losses, pullback = jax.vjp(lambda x: _linear(factor, reduction)(x, labels), x)
+        return losses, *pullback(jnp.ones_like(losses))
+
+    losses, got = run(logits)
+    if losses.ndim:
+        _check_values(losses, want, _margins(logits, labels))
+    else:
+        assert _exact.ulps(losses, np.sum(want)) <= 16
+    assert _exact.relative_error(got, gradients) <= 1e-5
+    _check_zero_sum(got)
+
+
+@pytest.mark.parametrize("outer", [jax.jacfwd, jax.jacrev])
+def test_linear_cross_entropy_hessian(outer):
+    logits, labels, want = _hessian_cases(3)
+    hessian = outer(jax.jacrev(_linear("hidden", "none")))
+    assert _exact.relative_error(jax.jit(jax.vmap(hessian))(logits, labels), want) <= 1e-4
+
+
 @pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
 def test_half_precision(dtype):
     # The loss comes in float32, as accurate as for float32 logits; the gradient within one ulp of its dtype.

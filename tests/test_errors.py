@@ -13,6 +13,7 @@ import jaxent
 LOGITS = jnp.zeros((2, 3))
 LABELS = jnp.array([0, 2])
 PROBABILITIES = jnp.full((2, 3), 1 / 3)
+HIDDEN, KERNEL = jnp.zeros((2, 4)), jnp.zeros((4, 3))
 
 
 def cross_entropy(**bad):
@@ -23,6 +24,12 @@ def cross_entropy(**bad):
 def nll(**bad):
     arguments = {"log_probs": LOGITS, "labels": LABELS} | bad
     return lambda: jaxent.nll(arguments.pop("log_probs"), arguments.pop("labels"), **arguments)
+
+
+def linear_cross_entropy(**bad):
+    arguments = {"hidden": HIDDEN, "kernel": KERNEL, "labels": LABELS} | bad
+    positional = [arguments.pop(name) for name in ("hidden", "kernel", "labels")]
+    return lambda: jaxent.linear_cross_entropy(*positional, **arguments)
 
 
 def softmax(**bad):
@@ -36,16 +43,18 @@ def log_softmax(**bad):
 
 
 COMPLEX, INTEGER, BOOLEAN = (jnp.zeros((2, 3), dtype) for dtype in (complex, int, bool))
-SHARED = [  # a bad argument, its error, and what the message must hold: its name first
-    ({"axis": 2}, ValueError, ("axis", "2")),
-    ({"axis": -3}, ValueError, ("axis", "-3")),
-    ({"axis": 1.0}, TypeError, ("axis", "1.0")),
+AXIS_NAMES = [  # a bad argument, its error, and what the message must hold: its name first
     ({"axis_name": "model"}, ValueError, ("axis_name", "'model'", "jax.shard_map")),
     ({"axis_name": ("model", "data")}, ValueError, ("axis_name", "'model'", "jax.shard_map")),
     ({"axis_name": 1}, ValueError, ("axis_name", "1", "jax.shard_map")),
 ]
-LOSSES = [
-    *SHARED,
+SHARED = [
+    *AXIS_NAMES,
+    ({"axis": 2}, ValueError, ("axis", "2")),
+    ({"axis": -3}, ValueError, ("axis", "-3")),
+    ({"axis": 1.0}, TypeError, ("axis", "1.0")),
+]
+OPTIONS = [
     ({"reduction": "average"}, ValueError, ("reduction", "'average'", "none", "mean", "sum")),
     ({"reduction": None}, ValueError, ("reduction", "None", "none", "mean", "sum")),
     ({"labels": jnp.zeros(3, int)}, ValueError, ("labels", "(3,)", "(2,)")),
@@ -60,6 +69,7 @@ LOSSES = [
     ({"weight": jnp.ones(3, bool)}, TypeError, ("weight", "bool", "float")),
     ({"ignore_index": 1.0}, TypeError, ("ignore_index", "1.0")),
 ]
+LOSSES = [*SHARED, *OPTIONS]
 MASKS = [
     ({"where": jnp.ones((2, 3))}, TypeError, ("where", "float32", "bool")),
     ({"where": jnp.ones((2, 2), bool)}, ValueError, ("where", "(2, 2)", "(2, 3)")),
@@ -80,15 +90,42 @@ CASES = [
     (nll, {"log_probs": INTEGER}, TypeError, ("log_probs", "int32", "float")),
     (nll, {"log_probs": jnp.array(1.0)}, ValueError, ("log_probs", "()")),
     (nll, {"labels": PROBABILITIES[0]}, ValueError, ("labels", "(3,)", "(2, 3)")),
-    (cross_entropy, {"labels": PROBABILITIES[:, :2]}, ValueError, ("labels", "(2, 2)", "(2, 3)")),
-    (cross_entropy, {"labels": PROBABILITIES[0]}, ValueError, ("labels", "(3,)", "(2, 3)")),
-    (cross_entropy, {"labels": PROBABILITIES, "ignore_index": 1}, ValueError, ("ignore_index", "1", "prob")),
-    (cross_entropy, {"labels": PROBABILITIES, "ignore_index": 0}, ValueError, ("ignore_index", "0", "prob")),
-    (cross_entropy, {"label_smoothing": -0.1}, ValueError, ("label_smoothing", "-0.1", "0", "1")),
-    (cross_entropy, {"label_smoothing": 1.5}, ValueError, ("label_smoothing", "1.5", "0", "1")),
-    (cross_entropy, {"label_smoothing": float("nan")}, ValueError, ("label_smoothing", "nan", "0", "1")),
-    (cross_entropy, {"label_smoothing": "a"}, TypeError, ("label_smoothing", "'a'")),
-    (cross_entropy, {"z_loss": "a"}, TypeError, ("z_loss", "'a'")),
+    *[
+        (function, *case)
+        for function in (cross_entropy, linear_cross_entropy)
+        for case in [
+            ({"labels": PROBABILITIES[:, :2]}, ValueError, ("labels", "(2, 2)", "(2, 3)")),
+            ({"labels": PROBABILITIES[0]}, ValueError, ("labels", "(3,)", "(2, 3)")),
+            ({"labels": PROBABILITIES, "ignore_index": 1}, ValueError, ("ignore_index", "1", "prob")),
+            ({"labels": PROBABILITIES, "ignore_index": 0}, ValueError, ("ignore_index", "0", "prob")),
+            ({"label_smoothing": -0.1}, ValueError, ("label_smoothing", "-0.1", "0", "1")),
+            ({"label_smoothing": 1.5}, ValueError, ("label_smoothing", "1.5", "0", "1")),
+            ({"label_smoothing": float("nan")}, ValueError, ("label_smoothing", "nan", "0", "1")),
+            ({"label_smoothing": "a"}, TypeError, ("label_smoothing", "'a'")),
+            ({"z_loss": "a"}, TypeError, ("z_loss", "'a'")),
+        ]
+    ],
+    *[(linear_cross_entropy, *case) for case in AXIS_NAMES + OPTIONS],
+    (linear_cross_entropy, {"hidden": jnp.array(1.0)}, ValueError, ("hidden", "()")),
+    (linear_cross_entropy, {"hidden": jnp.zeros((2, 4), int)}, TypeError, ("hidden", "int32", "float")),
+    (linear_cross_entropy, {"hidden": [1.0]}, TypeError, ("hidden", "list", "array")),
+    (linear_cross_entropy, {"kernel": KERNEL.T}, ValueError, ("kernel", "(4, classes)", "(2, 4)", "(3, 4)")),
+    (linear_cross_entropy, {"kernel": KERNEL[0]}, ValueError, ("kernel", "(4, classes)", "(3,)")),
+    (linear_cross_entropy, {"kernel": KERNEL[None]}, ValueError, ("kernel", "(4, classes)", "(1, 4, 3)")),
+    (linear_cross_entropy, {"kernel": KERNEL > 0}, TypeError, ("kernel", "bool", "float")),
+    (linear_cross_entropy, {"kernel": None}, TypeError, ("kernel", "NoneType", "array")),
+    (linear_cross_entropy, {"bias": jnp.zeros(4)}, ValueError, ("bias", "(3,)", "(4,)")),
+    (linear_cross_entropy, {"bias": jnp.zeros((1, 3))}, ValueError, ("bias", "(3,)", "(1, 3)")),
+    (linear_cross_entropy, {"bias": jnp.zeros(3, int)}, TypeError, ("bias", "int32", "float")),
+    (linear_cross_entropy, {"bias": True}, TypeError, ("bias", "bool", "array")),
+    (linear_cross_entropy, {"softcap": 0.0}, ValueError, ("softcap", "0.0", "positive")),
+    (linear_cross_entropy, {"softcap": -1}, ValueError, ("softcap", "-1", "positive")),
+    (linear_cross_entropy, {"softcap": float("nan")}, ValueError, ("softcap", "nan", "positive")),
+    (linear_cross_entropy, {"softcap": float("inf")}, ValueError, ("softcap", "inf", "finite")),
+    (linear_cross_entropy, {"softcap": "a"}, TypeError, ("softcap", "'a'")),
+    (linear_cross_entropy, {"chunk_size": 0}, ValueError, ("chunk_size", "0", "at least 1")),
+    (linear_cross_entropy, {"chunk_size": -1}, ValueError, ("chunk_size", "-1", "at least 1")),
+    (linear_cross_entropy, {"chunk_size": 1.5}, TypeError, ("chunk_size", "1.5", "integer")),
 ]
 
 
@@ -130,6 +167,23 @@ def test_concrete_label_out_of_range(loss, shape, labels, position, value):
     assert message.endswith(f"got {position} = {value}")
     assert "[0, 4)" in message
     assert "ignore_index=-100" in message
+
+
+@pytest.mark.parametrize(
+    ("lead", "labels", "position", "value"),
+    [
+        ((), 3, "labels", "3"),
+        ((3,), [0, -100, -1], "labels[2]", "-1"),
+        ((2, 2), [[0, 1], [2, 3]], "labels[1, 1]", "3"),
+    ],
+)
+def test_concrete_label_out_of_range_of_the_kernel(lead, labels, position, value):
+    """A position in the labels as they were given, not in a row of tokens."""
+    with pytest.raises(ValueError, match="labels") as caught:
+        jaxent.linear_cross_entropy(jnp.zeros((*lead, 4)), KERNEL, np.array(labels))
+    message = str(caught.value)
+    assert message.endswith(f"got {position} = {value}")
+    assert "[0, 3) or equal ignore_index=-100" in message
 
 
 def test_ignored_labels_are_in_range():
