@@ -113,7 +113,7 @@ def test_chunk_sizes(chunk_size):
 
 @REDUCTION
 def test_several_chunks_by_default(reduction):
-    hidden, kernel, *_ = draw(lead=(601,))
+    hidden, kernel, *_ = draw(lead=(601,), features=60)  # two tiles of the kernel and a rest
     labels = np.random.default_rng(0).integers(-1, C, 601, np.int32)
     assert_linear_matches_torch(hidden, kernel, labels, ignore_index=-1, reduction=reduction)
 
@@ -251,6 +251,21 @@ def test_block_of_the_hessian(of, along, float64):
     close(got, torch_gradients(reduction)[of])
     only = [t if i == along else np.zeros_like(t) for i, t in enumerate(TANGENTS)]
     close(moved, torch_hessian_times(only, reduction)[of])
+
+
+@REDUCTION
+def test_second_derivatives_in_half_precision(reduction):
+    """In the dtypes of the arrays, and rounded to them nowhere but in the logits' gradient and at the end."""
+    linear, tangents = (jax.tree.map(lambda x: jnp.asarray(x, BRAIN), x) for x in (LINEAR, TANGENTS))
+    run = jax.jit(HESSIAN_TIMES["forward over reverse"], static_argnums=0)
+    got = run(scalar(linear_cross_entropy, reduction), linear, tangents)
+    assert [x.dtype for x in got] == [BRAIN] * 3
+    linear, tangents = (jax.tree.map(np.float32, x) for x in (linear, tangents))
+    want = run(scalar(unfused, reduction), linear, tangents)
+    # A product of two factors, each with a rounding, in every one of at most N sums' terms, and the last rounding.
+    error = 4 * float(jnp.finfo(BRAIN).eps)
+    for x, y in zip(got, want, strict=True):
+        np.testing.assert_allclose(np.float32(x), y, rtol=error, atol=error * np.abs(y).max())
 
 
 # By jaxent.cross_entropy
