@@ -252,6 +252,8 @@ def compare(
         picture: PNG or SVG file.
     """
     flags = [text for name, value in asdict(config).items() for text in (f"--{name.replace('_', '-')}", str(value))]
+    for path in (output, picture):
+        path.parent.mkdir(parents=True, exist_ok=True)  # now, not after the runs
     runs: dict[str, dict[str, Any]] = {}
     # A process's peak is that of all it has done, and on Linux no less than its parent's: so one process a run, and
     # one that tokenises, while this one only waits.

@@ -1,5 +1,6 @@
 """The language-model example: the loss without logits trains as the others do, in less memory."""
 
+import json
 from pathlib import Path
 from typing import NamedTuple, get_args
 
@@ -104,3 +105,23 @@ def test_tokens_of_each_text_end_with_a_mark() -> None:
     assert tokens[-1] == 0
     assert tokens.max() < 280
     assert len(tokens) < 3 * 25  # pairs of bytes have become one token
+
+
+def test_a_comparison_makes_its_folders_before_the_long_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("matplotlib")
+    output, picture = tmp_path / "new" / "lm.json", tmp_path / "other" / "lm.png"
+    losses: list[str] = []
+
+    def command(name: str, *args: str) -> None:
+        assert output.parent.is_dir()
+        assert picture.parent.is_dir()
+        if name == "train":
+            losses.append(args[1])
+            took = {"device": "cpu", "seconds": [1.0] * 20, "temp_bytes": 2**20, "peak_bytes": 2**21}
+            Path(args[3]).write_text(json.dumps({"losses": list(range(20, 0, -1)), **took}))
+
+    monkeypatch.setattr(train_lm, "command", command)
+    train_lm.compare(TINY, output, picture)
+    assert losses == ["optax", "unfused", "fused"]
+    assert set(json.loads(output.read_text())["runs"]) == set(losses)
+    assert picture.read_bytes().startswith(b"\x89PNG")
