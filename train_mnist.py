@@ -9,6 +9,7 @@ import tyro
 
 from mnist.config import Config, ConfigError
 from mnist.data import obtain
+from mnist.datasets import DATASETS
 from mnist.idx import DataError
 from mnist.training import fingerprint, train
 
@@ -44,7 +45,7 @@ def parse(args: Sequence[str] | None) -> Config:
 
 def run(config: Config) -> None:
     """Get the data, train, and print what came out."""
-    splits = obtain(config.data_dir.expanduser(), config.idx_dir)
+    splits = obtain(config.data_dir.expanduser(), config.idx_dir, DATASETS["mnist"])
     train_size, test_size = (len(splits[split].labels) for split in ("train", "test"))
     print(f"{train_size:,} training and {test_size:,} test digits", flush=True)
     result = train(config, splits)

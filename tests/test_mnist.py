@@ -12,7 +12,7 @@ import subprocess
 import sys
 import threading
 import time
-from functools import partial
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -27,6 +27,7 @@ import train_mnist
 from mnist import data, idx, training
 from mnist.config import Config
 from mnist.cut_sample import PER_CLASS, stratified
+from mnist.datasets import DATASETS, FASHION_MNIST, KMNIST, MNIST, Dataset
 from mnist.idx import DataError, Digits, UnreachableError
 
 ROOT = Path(__file__).parents[1]
@@ -55,8 +56,10 @@ def files(splits: idx.Splits) -> dict[str, bytes]:
 
 
 @pytest.fixture(scope="module")
-def sums(files: dict[str, bytes]) -> dict[str, str]:
-    return {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
+def tiny_mnist(files: dict[str, bytes]) -> Dataset:
+    """Return MNIST's definition with the small files' checksums, and without a mirror."""
+    sums = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
+    return replace(MNIST, mirrors=(), sha256=sums)
 
 
 @pytest.fixture
@@ -64,19 +67,14 @@ def idx_dir(files: dict[str, bytes], tmp_path: Path) -> Path:
     folder = tmp_path / "idx"
     folder.mkdir()
     for name, content in files.items():
-        (folder / f"{name}.gz").write_bytes(gzip.compress(content))
+        (folder / f"{name}.gz").write_bytes(gzip.compress(content, mtime=0))
     return folder
 
 
 @pytest.fixture
-def small(monkeypatch: pytest.MonkeyPatch, sums: dict[str, str]) -> None:
+def small(monkeypatch: pytest.MonkeyPatch, tiny_mnist: Dataset) -> None:
     """Let the small files pass for the official ones, and the network be down."""
-    monkeypatch.setattr(data, "from_folder", partial(idx.from_folder, sha256=sums))
-    monkeypatch.setattr(data, "from_network", unreachable)
-
-
-def unreachable() -> idx.Splits:
-    raise UnreachableError("No answer.")
+    monkeypatch.setitem(DATASETS, "mnist", tiny_mnist)
 
 
 def same(a: idx.Splits, b: idx.Splits) -> bool:
@@ -91,8 +89,8 @@ def remains(folder: Path) -> list[str]:
 # Data
 
 
-def test_prepared_data_equals_the_idx_files(splits, sums, idx_dir, tmp_path):
-    read = idx.from_folder(idx_dir, sums)
+def test_prepared_data_equals_the_idx_files(splits, tiny_mnist, idx_dir, tmp_path):
+    read = idx.from_folder(idx_dir, tiny_mnist)
     assert same(read, splits)
     data.prepare(read, tmp_path / "data")
     prepared = data.load(tmp_path / "data")
@@ -101,17 +99,16 @@ def test_prepared_data_equals_the_idx_files(splits, sums, idx_dir, tmp_path):
     assert [path.name for path in (tmp_path / "data").iterdir()] == ["mnist_idx"]
 
 
-def test_idx_files_may_be_uncompressed(splits, sums, files, idx_dir):
+def test_idx_files_may_be_uncompressed(splits, tiny_mnist, files, idx_dir):
     (idx_dir / "train-images-idx3-ubyte.gz").unlink()
     (idx_dir / "train-images-idx3-ubyte").write_bytes(files["train-images-idx3-ubyte"])
-    assert same(idx.from_folder(idx_dir, sums), splits)
+    assert same(idx.from_folder(idx_dir, tiny_mnist), splits)
 
 
-@pytest.mark.usefixtures("small")
-def test_prepared_data_is_used_before_the_network(splits, idx_dir, tmp_path):
-    assert same(data.obtain(tmp_path / "data", idx_dir), splits)
+def test_prepared_data_is_used_before_the_network(splits, tiny_mnist, idx_dir, tmp_path):
+    assert same(data.obtain(tmp_path / "data", idx_dir, tiny_mnist), splits)
     shutil.rmtree(idx_dir)
-    assert same(data.obtain(tmp_path / "data", download=unreachable), splits)
+    assert same(data.obtain(tmp_path / "data", dataset=tiny_mnist), splits)
 
 
 def test_the_sample_is_small_stratified_and_disjoint():
@@ -137,8 +134,8 @@ def test_a_stratified_cut_keeps_order_and_class_counts(splits):
     assert np.array_equal(splits["train"].labels[positions], cut.labels)
 
 
-def test_without_an_answer_the_sample_is_used_and_said_so(capsys, tmp_path):
-    chosen = data.obtain(tmp_path, download=unreachable)
+def test_without_an_answer_the_sample_is_used_and_said_so(tiny_mnist, capsys, tmp_path):
+    chosen = data.obtain(tmp_path, dataset=tiny_mnist)
     assert len(chosen["train"].labels) == 10_000
     out = capsys.readouterr().out
     assert out.count("\n") == 1
@@ -178,51 +175,116 @@ def serve():
 
 
 def zipped(files: dict[str, bytes]) -> dict[str, bytes]:
-    return {f"/{name}.gz": gzip.compress(content) for name, content in files.items()}
+    return {f"/{name}.gz": gzip.compress(content, mtime=0) for name, content in files.items()}
 
 
-def test_a_good_download_is_accepted(serve, files, sums, splits):
-    assert same(idx.from_network([serve(zipped(files))], sums), splits)
+def test_a_good_download_is_accepted(serve, files, tiny_mnist, splits):
+    assert same(idx.from_network(replace(tiny_mnist, mirrors=(serve(zipped(files)),))), splits)
 
 
-def test_a_mirror_without_the_files_is_passed_over(serve, files, sums, splits):
-    assert same(idx.from_network([serve({}), serve(zipped(files))], sums), splits)
+def test_a_mirror_without_the_files_is_passed_over(serve, files, tiny_mnist, splits):
+    mirrors = serve({}), serve(zipped(files))
+    assert same(idx.from_network(replace(tiny_mnist, mirrors=mirrors)), splits)
 
 
-@pytest.mark.parametrize(
-    "damage",
-    [
-        lambda raw: raw[: len(raw) // 2],
-        lambda raw: raw[:-12] + bytes([raw[-12] ^ 1]) + raw[-11:],
-        lambda raw: gzip.compress(gzip.decompress(raw)[:-1]),
-        lambda raw: b"<html>Please log in</html>",
-        lambda raw: b"",
-    ],
-    ids=["truncated", "flipped", "shorter", "captive portal", "empty"],
-)
-def test_a_corrupted_download_is_rejected(serve, files, sums, damage, tmp_path):
+DAMAGE = {
+    "truncated": lambda raw: raw[: len(raw) // 2],
+    "flipped": lambda raw: raw[:-12] + bytes([raw[-12] ^ 1]) + raw[-11:],
+    "shorter": lambda raw: gzip.compress(gzip.decompress(raw)[:-1]),
+    "captive portal": lambda raw: b"<html>Please log in</html>",
+    "empty": lambda raw: b"",
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
+def test_a_corrupted_download_is_rejected(serve, files, tiny_mnist, damage, tmp_path):
     served = zipped(files)
     served["/train-images-idx3-ubyte.gz"] = damage(served["/train-images-idx3-ubyte.gz"])
-    mirrors = [serve(served), serve({})]
+    dataset = replace(tiny_mnist, mirrors=(serve(served), serve({})))
     with pytest.raises(DataError, match=r"train-images-idx3-ubyte\.gz is damaged") as caught:
-        data.obtain(tmp_path, download=lambda: idx.from_network(mirrors, sums))
+        data.obtain(tmp_path, dataset=dataset)
     assert not isinstance(caught.value, UnreachableError)
     assert remains(tmp_path) == []
 
 
-def test_a_damaged_mirror_is_followed_by_the_next(serve, files, sums, splits):
+def test_a_damaged_mirror_is_followed_by_the_next(serve, files, tiny_mnist, splits):
     bad = serve(dict.fromkeys(zipped(files), b"nothing of the kind"))
     good = serve(zipped(files))
-    assert same(idx.from_network([bad, good], sums), splits)
-    assert same(idx.from_network([good, bad], sums), splits)
+    for mirrors in (bad, good), (good, bad):
+        assert same(idx.from_network(replace(tiny_mnist, mirrors=mirrors)), splits)
 
 
-def test_a_silent_network_is_given_up_within_seconds(sums):
+def test_a_silent_network_is_given_up_within_seconds(tiny_mnist):
     with socket.create_server(("127.0.0.1", 0)) as silent:  # accepts, and never says a word
+        mirrors = (f"http://127.0.0.1:{silent.getsockname()[1]}/",)
         start = time.perf_counter()
         with pytest.raises(UnreachableError):
-            idx.from_network([f"http://127.0.0.1:{silent.getsockname()[1]}/"], sums, patience=0.5)
+            idx.from_network(replace(tiny_mnist, mirrors=mirrors), patience=0.5)
         assert time.perf_counter() - start < 3
+
+
+# The other data sets, whose checksums are those of the compressed files
+
+
+@pytest.fixture(params=[FASHION_MNIST, KMNIST], ids=lambda dataset: dataset.name)
+def tiny_other(request, files, monkeypatch) -> Dataset:
+    """Return the data set's definition with the checksums of the small files, compressed, and without a mirror."""
+    sums = {name[1:]: hashlib.sha256(raw).hexdigest() for name, raw in zipped(files).items()}
+    dataset = replace(request.param, mirrors=(), sha256=sums)
+    monkeypatch.setitem(DATASETS, dataset.name, dataset)
+    return dataset
+
+
+def test_every_data_set_names_ten_classes_and_four_checksums():
+    for name, dataset in DATASETS.items():
+        assert dataset.name == name
+        assert len(set(dataset.class_names)) == 10
+        assert len({file.removesuffix(".gz") for file in dataset.sha256}) == 4
+        assert all(re.fullmatch("[0-9a-f]{64}", checksum) for checksum in dataset.sha256.values())
+        assert all(mirror.endswith("/") for mirror in dataset.mirrors)
+
+
+def test_checksums_are_those_that_tfds_publishes():
+    published = Path(data.tfds.__file__).parent / "url_checksums"
+    for dataset in FASHION_MNIST, KMNIST:
+        rows = [row.split("\t") for row in (published / f"{dataset.name}.txt").read_text().splitlines()]
+        assert {name: checksum for _, _, checksum, name in rows} == dataset.sha256
+
+
+def test_other_data_is_downloaded_prepared_and_loaded(tiny_other, serve, files, splits, tmp_path):
+    served = replace(tiny_other, mirrors=(serve(zipped(files)),))
+    assert same(data.obtain(tmp_path, dataset=served), splits)
+    assert [path.name for path in tmp_path.iterdir()] == [f"{tiny_other.name}_idx"]
+    assert same(data.obtain(tmp_path, dataset=tiny_other), splits)  # now without the network
+    label = data.tfds.builder_from_directory(data.directory(tmp_path, tiny_other)).info.features["label"]
+    assert tuple(label.names) == tiny_other.class_names
+
+
+def test_other_data_comes_from_a_folder_too(tiny_other, idx_dir, splits, tmp_path):
+    assert same(data.obtain(tmp_path / "data", idx_dir, tiny_other), splits)
+
+
+@pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
+def test_corrupted_other_data_is_rejected(tiny_other, serve, files, damage, tmp_path):
+    served = zipped(files)
+    served["/t10k-images-idx3-ubyte.gz"] = damage(served["/t10k-images-idx3-ubyte.gz"])
+    with pytest.raises(DataError, match=r"t10k-images-idx3-ubyte\.gz is damaged"):
+        data.obtain(tmp_path, dataset=replace(tiny_other, mirrors=(serve(served),)))
+    assert remains(tmp_path) == []
+
+
+def test_contents_without_a_checksum_are_not_accepted(tiny_other, files, idx_dir):
+    name = "train-labels-idx1-ubyte"
+    (idx_dir / f"{name}.gz").unlink()
+    (idx_dir / name).write_bytes(files[name])
+    with pytest.raises(DataError, match=rf"does not hold {name}\.gz\.$"):
+        idx.from_folder(idx_dir, tiny_other)
+
+
+def test_without_an_answer_other_data_is_not_replaced_by_the_sample(tiny_other, tmp_path, capsys):
+    with pytest.raises(DataError, match=f"no sample of {tiny_other.title}: .*--idx-dir"):
+        data.obtain(tmp_path, dataset=tiny_other)
+    assert capsys.readouterr().out == ""
 
 
 # Errors
