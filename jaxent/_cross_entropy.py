@@ -85,7 +85,7 @@ def cross_entropy(
             `[0, classes)`. Where labels are traced their values cannot be checked: such an example's loss and
             gradient are NaN, and (without sharded classes) `checkify` with its `index_checks` reports it.
 
-    Example:
+    Examples:
         >>> import jax, jax.numpy as jnp, jaxent
         >>> logits = jnp.array([[2.0, 1.0, 0.0], [0.0, 0.0, 30.0]])
         >>> labels = jnp.array([0, 2])

@@ -85,7 +85,7 @@ def linear_cross_entropy(
         ValueError: a shape, an option or a sharding does not fit, or a label lies outside `[0, classes)`; see
             `cross_entropy` for labels that are traced.
 
-    Example:
+    Examples:
         >>> import jax, jax.numpy as jnp, jaxent
         >>> hidden = jnp.array([[1.0, 2.0], [3.0, -1.0]])  # 2 tokens, 2 features
         >>> kernel = jnp.array([[0.5, 0.0, -1.0], [0.0, 1.0, 0.5]])  # 3 classes

@@ -62,7 +62,7 @@ def nll(
             labels are traced their values cannot be checked: such an example's loss and gradient are NaN,
             and (without sharded classes) `checkify` with its `index_checks` reports it.
 
-    Example:
+    Examples:
         >>> import jax.numpy as jnp, jaxent
         >>> log_probs = jnp.log(jnp.array([[0.5, 0.5], [0.25, 0.75]]))
         >>> print(jaxent.nll(log_probs, jnp.array([0, 1]), reduction="none").round(4))

@@ -53,7 +53,7 @@ def softmax(
         TypeError: `logits` or `dtype` is not floating, or `where` is not boolean.
         ValueError: `axis` is out of range, `where` does not broadcast to `logits`, or `axis_name` is unknown.
 
-    Example:
+    Examples:
         >>> import jax.numpy as jnp, jaxent
         >>> print(jaxent.softmax(jnp.array([1.0, 2.0, 3.0])).round(4))
         [0.09   0.2447 0.6652]
@@ -93,7 +93,7 @@ def log_softmax(
         TypeError: `logits` or `dtype` is not floating, or `where` is not boolean.
         ValueError: `axis` is out of range, `where` does not broadcast to `logits`, or `axis_name` is unknown.
 
-    Example:
+    Examples:
         >>> import jax.numpy as jnp, jaxent
         >>> print(jaxent.log_softmax(jnp.array([0.0, 20.0])))
         [-2.0000000e+01 -2.0611537e-09]
