@@ -13,10 +13,10 @@ from nbclient import NotebookClient
 
 def on_page_markdown(markdown: str, *, page: Any, **_: Any) -> str:
     """Run the cells of a page that is a jupytext notebook, and put what they show below each."""
-    if "jupytext" not in page.meta:
+    if "jupyter" not in page.meta:
         return markdown
     notebook = jupytext.reads(markdown, fmt="md")
-    NotebookClient(notebook, kernel_name="python3", timeout=300).execute()
+    NotebookClient(notebook, kernel_name="python3", timeout=300, coalesce_streams=True).execute()
     return "\n\n".join(part for cell in notebook.cells for part in _parts(cell))
 
 

@@ -31,7 +31,7 @@ def test_table_names_every_argument(name):
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_every_block_of_python_is_run(page):
     """Sessions are doctests, the cells of a notebook run when the site is built, and shell commands name files."""
-    for language, block in re.findall(r"^ *```(\w*)\n(.*?)^ *```$", page.read_text(), re.MULTILINE | re.DOTALL):
+    for language, block in re.findall(r"^ *```(\w*)[^\n]*\n(.*?)^ *```$", page.read_text(), re.MULTILINE | re.DOTALL):
         if language == "sh":
             for path in re.findall(r"python ([\w/]+\.py)", block):
                 assert (ROOT / path).exists(), path
