@@ -7,10 +7,12 @@ from io import StringIO
 
 import tyro
 
-from mnist.config import Config, ConfigError
+from mnist.config import Config, ConfigError, UserError
 from mnist.data import obtain
 from mnist.datasets import DATASETS
+from mnist.devices import connect
 from mnist.idx import DataError
+from mnist.terminal import say
 from mnist.training import fingerprint, train
 
 
@@ -18,7 +20,10 @@ def main(args: Sequence[str] | None = None) -> int:
     """Run the command and return its exit status."""
     try:
         run(parse(args))
-    except (ConfigError, DataError) as error:
+    except UserError as error:
+        print(error, file=sys.stderr)
+        return error.status
+    except DataError as error:
         print(error, file=sys.stderr)
         return 1
     except OSError as error:
@@ -45,11 +50,12 @@ def parse(args: Sequence[str] | None) -> Config:
 
 def run(config: Config) -> None:
     """Get the data, train, and print what came out."""
-    splits = obtain(config.data_dir.expanduser(), config.idx_dir, DATASETS["mnist"])
+    connect(config)
+    splits = obtain(config.data_dir.expanduser(), config.idx_dir, DATASETS[config.dataset])
     train_size, test_size = (len(splits[split].labels) for split in ("train", "test"))
-    print(f"{train_size:,} training and {test_size:,} test digits", flush=True)
+    say(f"{train_size:,} training and {test_size:,} test images")
     result = train(config, splits)
-    print(f"final test accuracy {result.accuracy:.2%}   parameters {fingerprint(result.params)}")
+    say(f"final test accuracy {result.accuracy:.2%}   parameters {fingerprint(result.params)}")
 
 
 if __name__ == "__main__":

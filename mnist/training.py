@@ -1,9 +1,10 @@
-"""The training loop: the data lies on the device, and many steps are one dispatch."""
+"""The training loop: the data lies on the devices, many steps are one dispatch, and any moment may be the last."""
 
-import hashlib
+import math
 import time
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -11,27 +12,43 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from jax.sharding import Mesh
+from numpy.typing import NDArray
 
 import jaxent
-from mnist.config import Config, ConfigError
+from mnist import checkpoints
+from mnist.config import Config, ConfigError, UserError
+from mnist.devices import divided, make_mesh, spread, whole
 from mnist.idx import Splits
 from mnist.model import Cnn
+from mnist.recipes import Recipe, make_optimizer
+from mnist.terminal import heard, progress_bar, say
 
-LONGEST_DISPATCH = 64  # steps; the progress bar moves, and Ctrl-C is heard, between dispatches
+LONGEST_DISPATCH = 64  # steps; the progress bar moves, and signals are heard, between dispatches
+EVALUATED_AT_ONCE = 500  # images
 MARGIN = 2  # pixels by which a training image is shifted at most
 
-
 Params = Any  # a tree of arrays, as nnx.split makes it
+Model = nnx.GraphDef[Cnn]
+Data = tuple[jax.Array, jax.Array]  # images and labels
 
 
 class State(NamedTuple):
-    """What a step changes."""
+    """What a step changes. All that is random, the order of the data too, follows from the seed and the step."""
 
+    step: jax.Array
+    loss: jax.Array  # summed over the steps of this epoch
     params: Params
     optimizer: optax.OptState
-    step: jax.Array
+    average: Params | None  # of the parameters over the last steps, if the recipe wants it
+
+
+class Output(NamedTuple):
+    """What a dispatch tells the host."""
+
+    step: jax.Array  # the last one
+    losses: jax.Array  # of all its steps
+    signal: jax.Array  # that some process has heard, or 0
 
 
 class Result(NamedTuple):
@@ -41,52 +58,123 @@ class Result(NamedTuple):
     accuracy: float
 
 
+class NotFiniteError(UserError):
+    """The loss or a parameter became infinite or NaN."""
+
+    def __init__(self, what: str, step: int, workdir: Path) -> None:
+        super().__init__(
+            f"{what} is not finite at step {step:,}, so the run stops; {workdir} keeps the last good checkpoint, "
+            "and a lower --learning-rate with another --workdir may help."
+        )
+
+
+class StoppedError(UserError):
+    """A signal ended the run before its time."""
+
+    def __init__(self, signal: int, step: int, workdir: Path) -> None:
+        super().__init__(f"Stopped after step {step:,}, which {workdir} keeps: the same command goes on from there.")
+        self.status = 128 + signal
+
+
 def train(config: Config, splits: Splits) -> Result:
-    """Train on one split, print the accuracy on the other after every epoch, and return the outcome."""
-    images, labels = map(jnp.asarray, splits["train"])
-    test_images, test_labels = map(jnp.asarray, splits["test"])
-    shape = dispatches, steps, _ = plan(len(images), config.batch_size)
-    total_steps = config.epochs * dispatches * steps
-    optimizer = make_optimizer(config, total_steps)
-    model, params = nnx.split(Cnn(nnx.Rngs(config.seed)))
-    state = State(params, optimizer.init(params), jnp.zeros((), jnp.int32))
-    run = make_run(model, optimizer)
+    """Train on one split, evaluate on the other after every epoch, and go on where an earlier call was stopped."""
+    recipe, mesh, workdir = config.settings, make_mesh(), config.workdir
+    shape = dispatches, steps, batch_size = plan(len(splits["train"].labels), recipe.batch_size, mesh.size)
+    epoch_steps, total_steps = dispatches * steps, recipe.epochs * dispatches * steps
+    checkpoints.claim(config, splits)
+    say("configuration: " + ", ".join(f"{name} {value}" for name, value in config.decisive.items()))
+    data: Data = jax.device_put(tuple(splits["train"]), whole(mesh))
+    test_images, test_labels = in_blocks(splits["test"].images, mesh), splits["test"].labels
+    optimizer = make_optimizer(recipe, total_steps)
+    model, state = initial(config, optimizer, mesh)
+    run = make_run(model, optimizer, recipe, mesh, epoch_steps)
     order_key, step_key = jax.random.split(jax.random.key(config.seed))
     start = time.perf_counter()
-    accuracy = 0.0
-    with progress_bar() as bar:
-        task = bar.add_task("training", total=total_steps)
-        for epoch in range(1, config.epochs + 1):
-            losses: list[float] = []
-            for indices in shuffled(jax.random.fold_in(order_key, epoch), len(images), shape):
-                state, loss = run(state, images, labels, indices, step_key)
-                losses.append(float(loss))
-                bar.advance(task, steps)
-            accuracy = evaluate(model, state.params, test_images, test_labels)
-            seconds = time.perf_counter() - start
-            print(
-                f"epoch {epoch:2}/{config.epochs}   loss {np.mean(losses):.4f}   "
-                f"test accuracy {accuracy:.2%}   {seconds:.0f} s",
-                flush=True,
-            )
-    return Result(state.params, accuracy)
+
+    with checkpoints.opened(workdir) as saved, heard() as signal, progress_bar() as bar:
+        step, history, items = checkpoints.latest(saved, as_items(state)) or (0, [], as_items(state))
+        state = state._replace(**items.pop("progress"), **items)
+        checkpoints.write_metrics(workdir, history)
+        if step:
+            say(f"{workdir} {'is complete' if step == total_steps else 'goes on'} after step {step:,}")
+        task = bar.add_task("training", total=total_steps * batch_size, completed=step * batch_size)
+
+        def take(output: Output) -> int:
+            losses = np.asarray(output.losses)
+            for i in np.flatnonzero(~np.isfinite(losses)):
+                raise NotFiniteError("The loss", int(output.step) - len(losses) + int(i) + 1, workdir)
+            bar.advance(task, len(losses) * batch_size)
+            return int(output.signal)
+
+        for epoch in range(step // epoch_steps, recipe.epochs):
+            order = shuffled(jax.random.fold_in(order_key, epoch), len(data[1]), shape)
+            outputs: list[Output] = []
+            stop = 0
+            for dispatch in range(step // steps % dispatches, dispatches):
+                state, output = run(state, data, order[dispatch], step_key, spread(signal(), mesh))
+                step += steps
+                outputs.append(output)
+                if len(outputs) > 1:  # the device has its next work, so it need not wait while this is fetched
+                    stop = take(outputs.pop(0))
+                if stop:
+                    break
+            stop = take(*outputs) or stop
+            if not finite(state):
+                raise NotFiniteError("A parameter", step, workdir)
+            if step % epoch_steps == 0:
+                test_loss, accuracy = scores(logits_of(model, mesh, weights(state), test_images), test_labels)
+                if not math.isfinite(test_loss):
+                    raise NotFiniteError("The test loss", step, workdir)
+                row = {"epoch": epoch + 1, "step": step, "train_loss": float(state.loss) / epoch_steps}
+                history.append({**row, "test_loss": test_loss, "test_accuracy": accuracy})
+                checkpoints.write_metrics(workdir, history)
+                say(
+                    f"epoch {epoch + 1:2}/{recipe.epochs}   loss {row['train_loss']:.4f}   "
+                    f"test accuracy {accuracy:.2%}   {time.perf_counter() - start:.0f} s"
+                )
+            checkpoints.save(saved, step, history, as_items(state))
+            if stop:
+                raise StoppedError(stop, step, workdir)
+    return Result(weights(state), history[-1]["test_accuracy"])
 
 
-def plan(examples: int, batch_size: int) -> tuple[int, int, int]:
+def plan(examples: int, batch_size: int, devices: int = 1) -> tuple[int, int, int]:
     """Cut an epoch into equal dispatches: return their number, the steps of each, and the examples of a step.
 
     Equal, so that one compiled program serves all; the few examples left over differ from epoch to epoch.
     """
+    if batch_size % devices:
+        raise ConfigError(
+            f"--batch-size is {batch_size}, but must be a multiple of {devices}, the number of devices."
+        )
     steps = examples // batch_size
     if steps == 0:
-        raise ConfigError(f"--batch-size is {batch_size}, but there are only {examples} training digits.")
+        raise ConfigError(f"--batch-size is {batch_size}, but there are only {examples} training images.")
     dispatches = -(-steps // LONGEST_DISPATCH)
     return dispatches, steps // dispatches, batch_size
 
 
-def make_optimizer(config: Config, steps: int) -> optax.GradientTransformation:
-    schedule = optax.schedules.cosine_onecycle_schedule(steps, config.learning_rate, pct_start=0.15)
-    return optax.adamw(schedule, weight_decay=config.weight_decay)
+def initial(config: Config, optimizer: optax.GradientTransformation, mesh: Mesh) -> tuple[Model, State]:
+    """Return the network without its parameters, and the state before the first step, on every device."""
+    model, params = nnx.split(Cnn(nnx.Rngs(config.seed)))
+    average = jax.tree.map(jnp.copy, params) if config.settings.ema else None
+    state = State(jnp.zeros((), jnp.int32), jnp.zeros(()), params, optimizer.init(params), average)
+    return model, jax.device_put(state, whole(mesh))
+
+
+def as_items(state: State) -> dict[str, Any]:
+    """Return the trees that a checkpoint keeps, by name."""
+    items = {
+        "params": state.params,
+        "optimizer": state.optimizer,
+        "progress": {"step": state.step, "loss": state.loss},
+    }
+    return items if state.average is None else {**items, "average": state.average}
+
+
+def weights(state: State) -> Params:
+    """Return what predictions are made with."""
+    return state.params if state.average is None else state.average
 
 
 @partial(jax.jit, static_argnums=(1, 2))
@@ -95,32 +183,39 @@ def shuffled(key: jax.Array, examples: int, shape: tuple[int, ...]) -> jax.Array
     return jax.random.permutation(key, examples)[: np.prod(shape)].reshape(shape)
 
 
-Run = Callable[[State, jax.Array, jax.Array, jax.Array, jax.Array], tuple[State, jax.Array]]
+Run = Callable[[State, Data, jax.Array, jax.Array, jax.Array], tuple[State, Output]]
 
 
-def make_run(model: nnx.GraphDef[Cnn], optimizer: optax.GradientTransformation) -> Run:
-    """Compile many steps into one program, `run(state, images, labels, indices, key)`.
+def make_run(
+    model: Model, optimizer: optax.GradientTransformation, recipe: Recipe, mesh: Mesh, epoch_steps: int
+) -> Run:
+    """Compile many steps into one program, `run(state, data, indices, key, signals)`.
 
-    `indices` (steps, batch) says which examples each step sees. Returns the new state and the mean loss.
+    `indices` (steps, batch) says which examples each step sees. Each device computes with its part of every batch;
+    the loss is the mean over the whole batch, and the compiler adds what the devices must tell each other.
     """
 
     def loss_of(params: Params, images: jax.Array, labels: jax.Array, key: jax.Array) -> jax.Array:
         logits = nnx.merge(model, params)(images, key)
         return jaxent.cross_entropy(logits, labels)
 
-    @partial(jax.jit, donate_argnums=0)
-    def run(
-        state: State, images: jax.Array, labels: jax.Array, indices: jax.Array, key: jax.Array
-    ) -> tuple[State, jax.Array]:
+    @partial(jax.jit, donate_argnums=0, out_shardings=whole(mesh))
+    def run(state: State, data: Data, indices: jax.Array, key: jax.Array, signals: jax.Array) -> tuple[State, Output]:
+        images, labels = data
+
         def step(state: State, batch: jax.Array) -> tuple[State, jax.Array]:
+            batch = jax.lax.with_sharding_constraint(batch, divided(mesh, 0))
             shift_key, dropout_key = jax.random.split(jax.random.fold_in(key, state.step))
             inputs, targets = shifted(shift_key, images[batch]), labels[batch]
             loss, grads = jax.value_and_grad(loss_of)(state.params, inputs, targets, dropout_key)
             updates, optimizer_state = optimizer.update(grads, state.optimizer, state.params)
-            return State(optax.apply_updates(state.params, updates), optimizer_state, state.step + 1), loss
+            params = optax.apply_updates(state.params, updates)
+            average = state.average and optax.incremental_update(params, state.average, 1 - recipe.ema)
+            total = jnp.where(state.step % epoch_steps == 0, 0, state.loss) + loss
+            return State(state.step + 1, total, params, optimizer_state, average), loss
 
         state, losses = jax.lax.scan(step, state, indices)
-        return state, losses.mean()
+        return state, Output(state.step, losses, signals.max())
 
     return run
 
@@ -136,31 +231,42 @@ def shifted(key: jax.Array, images: jax.Array) -> jax.Array:
     return jax.vmap(cut)(padded, corners)
 
 
-@partial(jax.jit, static_argnums=0)
-def hits(model: nnx.GraphDef[Cnn], params: Params, images: jax.Array, labels: jax.Array) -> jax.Array:
-    network = nnx.merge(model, params)
-
-    def guess(image: jax.Array) -> jax.Array:
-        return network(image[None])[0].argmax()
-
-    return (jax.lax.map(guess, images, batch_size=500) == labels).sum()
+@jax.jit
+def finite(state: State) -> jax.Array:
+    """Say whether all of the state is."""
+    return jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(state)]).all()
 
 
-def evaluate(model: nnx.GraphDef[Cnn], params: Params, images: jax.Array, labels: jax.Array) -> float:
-    """Return the share of images that the model labels rightly."""
-    return int(hits(model, params, images, labels)) / len(labels)
+def in_blocks(images: NDArray[np.uint8], mesh: Mesh) -> jax.Array:
+    """Return the images, and some empty ones, as blocks to evaluate at once: (blocks, size, 28, 28, 1)."""
+    size = mesh.size * -(-min(len(images), EVALUATED_AT_ONCE) // mesh.size)
+    blocks = -(-len(images) // size)
+    padded = np.zeros((blocks * size, *images.shape[1:]), np.uint8)
+    padded[: len(images)] = images
+    return jax.device_put(padded.reshape(blocks, size, *images.shape[1:]), divided(mesh, 1))
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def logits_of(model: Model, mesh: Mesh, params: Params, blocks: jax.Array) -> jax.Array:
+    """Return the logits (N, 10) of all images, on every device."""
+    logits = jax.lax.map(nnx.merge(model, params), blocks)
+    return jax.lax.with_sharding_constraint(logits.reshape(-1, logits.shape[-1]), whole(mesh))
+
+
+def scores(logits: jax.Array, labels: NDArray[np.uint8]) -> tuple[float, float]:
+    """Return the mean loss, and the share of images that are labelled rightly."""
+    logits = logits[: len(labels)]
+    return float(jaxent.cross_entropy(logits, labels)), int((logits.argmax(-1) == labels).sum()) / len(labels)
+
+
+def probabilities(config: Config, params: Params, images: NDArray[np.uint8]) -> NDArray[np.float32]:
+    """Return the probabilities (N, 10) of images (N, 28, 28, 1)."""
+    mesh = make_mesh()
+    model, _ = nnx.split(Cnn(nnx.Rngs(0)))
+    logits = logits_of(model, mesh, jax.device_put(params, whole(mesh)), in_blocks(images, mesh))
+    return np.asarray(jaxent.softmax(logits))[: len(images)]
 
 
 def fingerprint(params: Params) -> str:
     """Return a short hash of all parameters' bits, equal only for runs that are equal."""
-    digest = hashlib.sha256()
-    for leaf in jax.tree.leaves(params):
-        digest.update(np.asarray(leaf).tobytes())
-    return digest.hexdigest()[:16]
-
-
-def progress_bar() -> Progress:
-    """Return a bar for terminals; where stdout is none, it stays invisible."""
-    console = Console()
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-    return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+    return checkpoints.sha256(params)[:16]

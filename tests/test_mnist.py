@@ -16,7 +16,6 @@ from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
 
@@ -24,8 +23,7 @@ pytest.importorskip("flax")
 pytest.importorskip("tensorflow_datasets")
 
 import train_mnist
-from mnist import data, idx, training
-from mnist.config import Config
+from mnist import data, idx
 from mnist.cut_sample import PER_CLASS, stratified
 from mnist.datasets import DATASETS, FASHION_MNIST, KMNIST, MNIST, Dataset
 from mnist.idx import DataError, Digits, UnreachableError
@@ -315,7 +313,7 @@ def halve(path: Path) -> None:
         (["--colour", "red"], "Unrecognized options: --colour"),
         (["--epochs", "many"], "--epochs"),
         (["--epochs", "0"], "--epochs is 0"),
-        (["--batch-size", "20000", "--data-dir", str(data.SAMPLE)], "only 10000 training digits"),
+        (["--batch-size", "20000", "--data-dir", str(data.SAMPLE)], "only 10000 training images"),
         (["--learning-rate", "nan"], "--learning-rate is nan"),
         (["--seed", "-1"], "--seed is -1"),
         (["--data-dir", __file__], "is no directory"),
@@ -444,45 +442,12 @@ def test_a_process_fails_with_one_sentence_and_a_status(tmp_path):
 
 def test_a_process_trains_in_plain_lines_where_stdout_is_no_terminal(splits, tmp_path):
     data.prepare(splits, tmp_path)
-    done = process("--data-dir", tmp_path, "--epochs", 2, "--batch-size", 20, folder=tmp_path)
+    flags = {"--data-dir": tmp_path, "--workdir": tmp_path / "run", "--epochs": 2, "--batch-size": 20}
+    done = process(*(word for pair in flags.items() for word in pair), folder=tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
-    size, first, second, final = done.stdout.splitlines()
-    assert size == "200 training and 50 test digits"
+    size, configuration, first, second, final = done.stdout.splitlines()
+    assert size == "200 training and 50 test images"
+    assert configuration.startswith("configuration: dataset mnist, recipe default, dtype float32, seed 0, epochs 2, ")
     assert first.startswith("epoch  1/2   loss ")
     assert second.startswith("epoch  2/2   loss ")
     assert re.fullmatch(r"final test accuracy \d+\.\d\d%   parameters [0-9a-f]{16}", final)
-
-
-# Training
-
-
-def tiny(seed: int, capsys: pytest.CaptureFixture[str]) -> tuple[training.Result, str]:
-    sample = data.load(data.SAMPLE)
-    few = {split: Digits(digits.images[::20], digits.labels[::20]) for split, digits in sample.items()}
-    result = training.train(Config(epochs=2, batch_size=25, seed=seed), few)
-    return result, capsys.readouterr().out
-
-
-def test_two_runs_with_one_seed_end_with_the_same_bits(capsys):
-    (first, out), (second, _) = tiny(3, capsys), tiny(3, capsys)
-    pairs = zip(jax.tree.leaves(first.params), jax.tree.leaves(second.params), strict=True)
-    assert all(np.asarray(a).tobytes() == np.asarray(b).tobytes() for a, b in pairs)
-    assert training.fingerprint(first.params) == training.fingerprint(second.params)
-    assert first.accuracy > 0.6
-    assert [line.split()[0] for line in out.splitlines()] == ["epoch", "epoch"]
-
-
-@pytest.mark.parametrize(("examples", "batch"), [(10_000, 128), (60_000, 128), (60_000, 1), (128, 128)])
-def test_an_epoch_is_cut_into_equal_dispatches_that_miss_little(examples, batch):
-    dispatches, steps, _ = training.plan(examples, batch)
-    assert steps <= training.LONGEST_DISPATCH
-    missed = examples - dispatches * steps * batch
-    assert 0 <= missed < (dispatches + 1) * batch
-
-
-def test_shifts_keep_every_pixel_within_the_margin():
-    images = np.zeros((64, 28, 28, 1), np.uint8)
-    images[:, 14, 14] = 255
-    moved = np.argwhere(np.asarray(training.shifted(jax.random.key(0), images)))
-    assert len(moved) == 64
-    assert {*moved[:, 1]} == {*moved[:, 2]} == set(range(14 - training.MARGIN, 15 + training.MARGIN))

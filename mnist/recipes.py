@@ -1,0 +1,28 @@
+"""How to train: the numbers, and the optimiser that they make."""
+
+from dataclasses import dataclass
+
+import optax
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """All numbers of a training."""
+
+    epochs: int
+    batch_size: int
+    learning_rate: float
+    weight_decay: float
+    ema: float = 0.0  # decay of the averaged weights that are evaluated; 0 evaluates the trained ones
+
+
+RECIPES = {
+    "default": Recipe(epochs=10, batch_size=128, learning_rate=3e-3, weight_decay=1e-2),
+    "accurate": Recipe(epochs=40, batch_size=128, learning_rate=3e-3, weight_decay=1e-2, ema=0.999),
+}
+
+
+def make_optimizer(recipe: Recipe, steps: int) -> optax.GradientTransformation:
+    """Return AdamW with a learning rate that warms up and then falls along a cosine."""
+    schedule = optax.schedules.cosine_onecycle_schedule(steps, recipe.learning_rate, pct_start=0.15)
+    return optax.adamw(schedule, weight_decay=recipe.weight_decay)
