@@ -11,7 +11,7 @@ of metrics only mirrors them, and the hash of its contents, so that damage is no
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
@@ -72,9 +72,9 @@ def claim(config: Config, splits: Splits) -> None:
 def stored_config(workdir: Path) -> Config:
     """Return the configuration of the run in `workdir`."""
     stored = read_config(workdir)
-    own = {field.name: stored[field.name] for field in fields(Config) if field.name in stored}
-    places = {name: Path(own[name]) for name in PLACES if name in own}
-    return Config(**{**own, **places, "workdir": workdir})
+    flags: dict[str, Any] = {field.name: stored[field.name] for field in fields(Config) if field.name in stored}
+    flags |= {name: Path(stored[name]) for name in PLACES if name in stored}
+    return Config(**flags, workdir=workdir)
 
 
 def read_config(workdir: Path) -> dict[str, Any]:
@@ -109,10 +109,12 @@ def write(path: Path, text: str) -> None:
 
 
 @contextmanager
-def opened(workdir: Path) -> Iterator[ocp.CheckpointManager]:
+def opened(workdir: Path, read_only: bool = False) -> Generator[ocp.CheckpointManager]:
     """Yield what saves in the background and keeps the newest two; at the end it waits until all is written."""
     options = ocp.CheckpointManagerOptions(
-        preservation_policy=ocp.checkpoint_managers.LatestN(2), cleanup_tmp_directories=True
+        preservation_policy=ocp.checkpoint_managers.LatestN(2),
+        cleanup_tmp_directories=not read_only,
+        read_only=read_only,
     )
     manager = ocp.CheckpointManager((workdir / "checkpoints").absolute(), options=options)
     try:
@@ -124,10 +126,9 @@ def opened(workdir: Path) -> Iterator[ocp.CheckpointManager]:
 def save(manager: ocp.CheckpointManager, step: int, history: History, trees: Trees) -> None:
     """Start to save, and return as soon as the arrays may change again, long before all is written."""
     hashes = {name: sha256(value) for name, value in {**trees, "history": history}.items()}
+    items = {name: ocp.args.StandardSave(tree) for name, tree in trees.items()}
     record = ocp.args.JsonSave({"history": list(history), "sha256": hashes})
-    manager.save(
-        step, args=ocp.args.Composite(record=record, **{k: ocp.args.StandardSave(v) for k, v in trees.items()})
-    )
+    manager.save(step, args=ocp.args.Composite(**items, record=record))
 
 
 def latest(manager: ocp.CheckpointManager, like: Trees) -> tuple[int, History, dict[str, Tree]] | None:
@@ -166,9 +167,12 @@ def restore_params(workdir: Path) -> Tree:
     name = "average" if stored_config(workdir).settings.ema else "params"
     _, abstract = nnx.split(nnx.eval_shape(lambda: Cnn(nnx.Rngs(0))))
     here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    like = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here), abstract)
-    with opened(workdir) as manager:
-        found = latest(manager, {name: like})
+
+    def placed(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here)
+
+    with opened(workdir, read_only=True) as manager:
+        found = latest(manager, {name: jax.tree.map(placed, abstract)})
     if found is None:
         raise WorkdirError(f"{workdir} holds no checkpoint yet.")
     _, _, trees = found
@@ -179,5 +183,5 @@ def sha256(tree: Tree) -> str:
     """Return a hash of a tree's leaves."""
     digest = hashlib.sha256()
     for leaf in jax.tree.leaves(tree):
-        digest.update(np.ascontiguousarray(leaf))
+        digest.update(np.asarray(leaf).tobytes())
     return digest.hexdigest()

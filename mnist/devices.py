@@ -13,17 +13,15 @@ from mnist.config import Config, ConfigError
 def connect(config: Config) -> None:
     """Join the other processes, if there are any; must come before anything else touches a device."""
     flags = {
-        "coordinator_address": config.coordinator_address,
-        "num_processes": config.num_processes,
-        "process_id": config.process_id,
+        "--coordinator-address": config.coordinator_address,
+        "--num-processes": config.num_processes,
+        "--process-id": config.process_id,
     }
-    missing = [f"--{name.replace('_', '-')}" for name, value in flags.items() if value is None]
-    if not missing:
-        jax.distributed.initialize(**flags)
-    elif len(missing) < len(flags):
+    missing = [flag for flag, value in flags.items() if value is None]
+    if 0 < len(missing) < len(flags):
         raise ConfigError(f"Several processes need {' and '.join(missing)} too.")
-    elif in_cluster():
-        jax.distributed.initialize()
+    if not missing or in_cluster():
+        jax.distributed.initialize(config.coordinator_address, config.num_processes, config.process_id)
 
 
 def in_cluster() -> bool:

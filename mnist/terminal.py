@@ -1,7 +1,7 @@
 """What a run says at the terminal, and what it hears there."""
 
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from types import FrameType
 
@@ -33,7 +33,7 @@ def progress_bar() -> Progress:
 
 
 @contextmanager
-def heard() -> Iterator[Callable[[], int]]:
+def heard() -> Generator[Callable[[], int]]:
     """Within, SIGTERM and Ctrl-C end nothing: the function says which signal has come, or 0.
 
     A second time, the same signal does what it does elsewhere.
