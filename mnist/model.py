@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 
 
 class Conv(nnx.Module):
@@ -11,8 +12,10 @@ class Conv(nnx.Module):
     On a CPU this trains several times faster than `jax.lax.conv`, whose gradients XLA runs slowly there.
     """
 
-    def __init__(self, inputs: int, outputs: int, rngs: nnx.Rngs) -> None:
-        self.linear = nnx.Linear(9 * inputs, outputs, kernel_init=nnx.initializers.he_normal(), rngs=rngs)
+    def __init__(self, inputs: int, outputs: int, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
+        self.linear = nnx.Linear(
+            9 * inputs, outputs, dtype=dtype, kernel_init=nnx.initializers.he_normal(), rngs=rngs
+        )
 
     def __call__(self, x: jax.Array) -> jax.Array:
         _, height, width, _ = x.shape
@@ -28,15 +31,15 @@ def max_pool(x: jax.Array) -> jax.Array:
 
 
 class Cnn(nnx.Module):
-    """Maps images (N, 28, 28, 1) of bytes to logits (N, 10)."""
+    """Maps images (N, 28, 28, 1) of bytes to logits (N, 10), computing in `dtype` with float32 parameters."""
 
-    def __init__(self, rngs: nnx.Rngs) -> None:
-        self.conv1 = Conv(1, 16, rngs)
-        self.conv2 = Conv(16, 32, rngs)
-        self.conv3 = Conv(32, 64, rngs)
-        self.dense = nnx.Linear(7 * 7 * 64, 128, rngs=rngs)
+    def __init__(self, rngs: nnx.Rngs, dtype: DTypeLike = jnp.float32) -> None:
+        self.conv1 = Conv(1, 16, dtype, rngs)
+        self.conv2 = Conv(16, 32, dtype, rngs)
+        self.conv3 = Conv(32, 64, dtype, rngs)
+        self.dense = nnx.Linear(7 * 7 * 64, 128, dtype=dtype, rngs=rngs)
         self.dropout = nnx.Dropout(0.3)
-        self.logits = nnx.Linear(128, 10, rngs=rngs)
+        self.logits = nnx.Linear(128, 10, dtype=dtype, rngs=rngs)
 
     def __call__(self, images: jax.Array, dropout_key: jax.Array | None = None) -> jax.Array:
         """Return the logits; with a key, as in training: with dropout."""

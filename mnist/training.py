@@ -156,7 +156,7 @@ def plan(examples: int, batch_size: int, devices: int = 1) -> tuple[int, int, in
 
 def initial(config: Config, optimizer: optax.GradientTransformation, mesh: Mesh) -> tuple[Model, State]:
     """Return the network without its parameters, and the state before the first step, on every device."""
-    model, params = nnx.split(Cnn(nnx.Rngs(config.seed)))
+    model, params = nnx.split(Cnn(nnx.Rngs(config.seed), config.dtype))
     average = jax.tree.map(jnp.copy, params) if config.settings.ema else None
     state = State(jnp.zeros((), jnp.int32), jnp.zeros(()), params, optimizer.init(params), average)
     return model, jax.device_put(state, whole(mesh))
@@ -250,7 +250,7 @@ def in_blocks(images: NDArray[np.uint8], mesh: Mesh) -> jax.Array:
 def logits_of(model: Model, mesh: Mesh, params: Params, blocks: jax.Array) -> jax.Array:
     """Return the logits (N, 10) of all images, on every device."""
     logits = jax.lax.map(nnx.merge(model, params), blocks)
-    return jax.lax.with_sharding_constraint(logits.reshape(-1, logits.shape[-1]), whole(mesh))
+    return jax.lax.with_sharding_constraint(logits.reshape(-1, logits.shape[-1]).astype(jnp.float32), whole(mesh))
 
 
 def scores(logits: jax.Array, labels: NDArray[np.uint8]) -> tuple[float, float]:
@@ -262,7 +262,7 @@ def scores(logits: jax.Array, labels: NDArray[np.uint8]) -> tuple[float, float]:
 def probabilities(config: Config, params: Params, images: NDArray[np.uint8]) -> NDArray[np.float32]:
     """Return the probabilities (N, 10) of images (N, 28, 28, 1)."""
     mesh = make_mesh()
-    model, _ = nnx.split(Cnn(nnx.Rngs(0)))
+    model, _ = nnx.split(Cnn(nnx.Rngs(0), config.dtype))
     logits = logits_of(model, mesh, jax.device_put(params, whole(mesh)), in_blocks(images, mesh))
     return np.asarray(jaxent.softmax(logits))[: len(images)]
 
