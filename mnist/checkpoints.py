@@ -1,111 +1,27 @@
-"""What a run leaves behind, so that a kill at any moment costs no more than the work since the last checkpoint.
+"""Checkpoints by orbax, written in the background, and believed only if they are whole.
 
-    WORKDIR/config.json      what decides the result
-    WORKDIR/metrics.jsonl    one line an epoch
-    WORKDIR/checkpoints/N/   everything that the run knew after step N
-
-Each file and each checkpoint appears whole or not at all. A checkpoint also holds the metrics up to it, so the file
-of metrics only mirrors them, and the hash of its contents, so that damage is noticed.
+Each holds the metrics up to its step, which the file of metrics only mirrors, and the hashes of all that it holds:
+orbax does not notice every damage.
 """
 
-import hashlib
-import json
-import os
+import gc
+import sys
+import time
+import warnings
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 import orbax.checkpoint as ocp
 from flax import nnx
 
-from mnist.config import Config, UserError
-from mnist.devices import is_main
-from mnist.idx import Splits
 from mnist.model import Cnn
 from mnist.terminal import say
+from mnist.workdir import History, Tree, WorkdirError, sha256, stored_config
 
-Tree = Any  # of arrays or numbers
 Trees = Mapping[str, Tree]
-Row = dict[str, int | float]  # of the metrics
-History = list[Row]
-
-
-PLACES = ("data_dir", "idx_dir")  # decide nothing: what lies there is hashed
-
-
-class WorkdirError(UserError):
-    """What is wrong with what an earlier run left."""
-
-
-# The configuration
-
-
-def claim(config: Config, splits: Splits) -> None:
-    """Store what decides the result; if an earlier run has stored it: insist that nothing differs."""
-    given: dict[str, Any] = {**config.decisive, "data": sha256(list(splits.values()))[:16]}
-    path = config.workdir / "config.json"
-    if not path.exists():
-        if (config.workdir / "checkpoints").exists():
-            raise WorkdirError(f"{path} is missing, so nobody knows how the run in {config.workdir} was configured.")
-        places = {
-            name: str(getattr(config, name).expanduser().absolute()) for name in PLACES if getattr(config, name)
-        }
-        write(path, json.dumps({**given, **places}, indent=2) + "\n")
-        return
-    stored = read_config(config.workdir)
-    differing = [
-        f"{name} is {stored.get(name, 'not known')} there and {given.get(name, 'not known')} now"
-        for name in dict.fromkeys([*given, *stored])
-        if name not in PLACES and stored.get(name) != given.get(name)
-    ]
-    if differing:
-        raise WorkdirError(
-            f"{config.workdir} holds a run of another configuration ({', '.join(differing)}): "
-            "choose another --workdir, or delete that one."
-        )
-
-
-def stored_config(workdir: Path) -> Config:
-    """Return the configuration of the run in `workdir`."""
-    stored = read_config(workdir)
-    flags: dict[str, Any] = {field.name: stored[field.name] for field in fields(Config) if field.name in stored}
-    flags |= {name: Path(stored[name]) for name in PLACES if name in stored}
-    return Config(**flags, workdir=workdir)
-
-
-def read_config(workdir: Path) -> dict[str, Any]:
-    path = workdir / "config.json"
-    if not path.is_file():
-        raise WorkdirError(f"{workdir} holds no run: there is no {path}.")
-    try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except ValueError as error:
-        raise WorkdirError(f"{path} is damaged: {error}.") from error
-
-
-# The metrics
-
-
-def write_metrics(workdir: Path, history: History) -> None:
-    """Replace the file of metrics."""
-    write(workdir / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in history))
-
-
-def write(path: Path, text: str) -> None:
-    """Write a file that appears whole or not at all, by the main process alone."""
-    if not is_main():
-        return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.new")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
-
-
-# The checkpoints
 
 
 @contextmanager
@@ -120,7 +36,18 @@ def opened(workdir: Path, read_only: bool = False) -> Generator[ocp.CheckpointMa
     try:
         yield manager
     finally:
-        manager.close()
+        with written(manager):
+            manager.close()
+
+
+@contextmanager
+def written(manager: ocp.CheckpointManager) -> Generator[None]:
+    """Within, what cannot be written becomes one sentence, maybe that of an earlier save in the background."""
+    try:
+        yield
+    except Exception as error:  # orbax and tensorstore raise many kinds
+        reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
+        raise WorkdirError(f"A checkpoint cannot be written under {manager.directory}: {reason}.") from error
 
 
 def save(manager: ocp.CheckpointManager, step: int, history: History, trees: Trees) -> None:
@@ -128,7 +55,8 @@ def save(manager: ocp.CheckpointManager, step: int, history: History, trees: Tre
     hashes = {name: sha256(value) for name, value in {**trees, "history": history}.items()}
     items = {name: ocp.args.StandardSave(tree) for name, tree in trees.items()}
     record = ocp.args.JsonSave({"history": list(history), "sha256": hashes})
-    manager.save(step, args=ocp.args.Composite(**items, record=record))
+    with written(manager):
+        manager.save(step, args=ocp.args.Composite(**items, record=record))
 
 
 def latest(manager: ocp.CheckpointManager, like: Trees) -> tuple[int, History, dict[str, Tree]] | None:
@@ -142,9 +70,9 @@ def latest(manager: ocp.CheckpointManager, like: Trees) -> tuple[int, History, d
         found = restored(manager, step, like)
         if found is not None:
             for damaged in steps[:i]:
+                say(f"The checkpoint of step {damaged:,} is damaged, so that of step {step:,} is taken.")
                 manager.delete(damaged)
             return step, found.pop("history"), found
-        say(f"The checkpoint of step {step:,} is damaged, so the one before is taken.")
     if steps:
         raise WorkdirError(f"All checkpoints in {manager.directory} are damaged; delete that folder to start anew.")
     return None
@@ -153,13 +81,33 @@ def latest(manager: ocp.CheckpointManager, like: Trees) -> tuple[int, History, d
 def restored(manager: ocp.CheckpointManager, step: int, like: Trees) -> dict[str, Any] | None:
     """Return the wanted trees and the history of one checkpoint, or None if it is damaged."""
     wanted = {name: ocp.args.StandardRestore(tree) for name, tree in like.items()}
-    try:
-        found = dict(manager.restore(step, args=ocp.args.Composite(record=ocp.args.JsonRestore(), **wanted)))
-        record = found.pop("record")
-        found["history"] = record["history"]
-        return found if all(sha256(value) == record["sha256"][name] for name, value in found.items()) else None
-    except Exception:  # orbax, tensorstore, zstd and JSON each raise their own on damaged files
-        return None
+    with no_aftermath():
+        try:
+            found = dict(manager.restore(step, args=ocp.args.Composite(record=ocp.args.JsonRestore(), **wanted)))
+            record = found.pop("record")
+            found["history"] = record["history"]
+            if all(sha256(value) == record["sha256"][name] for name, value in found.items()):
+                return found
+        except Exception:  # orbax, tensorstore, zstd and JSON each raise their own on damaged files
+            time.sleep(0.1)  # until the reads that are still under way have ended
+    return None
+
+
+@contextmanager
+def no_aftermath() -> Generator[None]:
+    """Keep quiet what orbax leaves behind when it fails: coroutines never awaited, reads whose event loop is gone."""
+
+    def ignore(_: object) -> None:
+        pass
+
+    hook, sys.unraisablehook = sys.unraisablehook, ignore
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)
+        try:
+            yield
+            gc.collect()
+        finally:
+            sys.unraisablehook = hook
 
 
 def restore_params(workdir: Path) -> Tree:
@@ -177,11 +125,3 @@ def restore_params(workdir: Path) -> Tree:
         raise WorkdirError(f"{workdir} holds no checkpoint yet.")
     _, _, trees = found
     return trees[name]
-
-
-def sha256(tree: Tree) -> str:
-    """Return a hash of a tree's leaves."""
-    digest = hashlib.sha256()
-    for leaf in jax.tree.leaves(tree):
-        digest.update(np.asarray(leaf).tobytes())
-    return digest.hexdigest()

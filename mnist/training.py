@@ -23,6 +23,7 @@ from mnist.idx import Splits
 from mnist.model import Cnn
 from mnist.recipes import Recipe, make_optimizer
 from mnist.terminal import heard, progress_bar, say
+from mnist.workdir import claim, sha256, write_metrics
 
 LONGEST_DISPATCH = 64  # steps; the progress bar moves, and signals are heard, between dispatches
 EVALUATED_AT_ONCE = 500  # images
@@ -63,8 +64,8 @@ class NotFiniteError(UserError):
 
     def __init__(self, what: str, step: int, workdir: Path) -> None:
         super().__init__(
-            f"{what} is not finite at step {step:,}, so the run stops; {workdir} keeps the last good checkpoint, "
-            "and a lower --learning-rate with another --workdir may help."
+            f"{what} is not finite at step {step:,}, so nothing newer than the last good checkpoint is kept in "
+            f"{workdir}; a lower --learning-rate, with another --workdir, may help."
         )
 
 
@@ -81,7 +82,7 @@ def train(config: Config, splits: Splits) -> Result:
     recipe, mesh, workdir = config.settings, make_mesh(), config.workdir
     shape = dispatches, steps, batch_size = plan(len(splits["train"].labels), recipe.batch_size, mesh.size)
     epoch_steps, total_steps = dispatches * steps, recipe.epochs * dispatches * steps
-    checkpoints.claim(config, splits)
+    claim(config, splits)
     say("configuration: " + ", ".join(f"{name} {value}" for name, value in config.decisive.items()))
     data: Data = jax.device_put(tuple(splits["train"]), whole(mesh))
     test_images, test_labels = in_blocks(splits["test"].images, mesh), splits["test"].labels
@@ -94,7 +95,7 @@ def train(config: Config, splits: Splits) -> Result:
     with checkpoints.opened(workdir) as saved, heard() as signal, progress_bar() as bar:
         step, history, items = checkpoints.latest(saved, as_items(state)) or (0, [], as_items(state))
         state = state._replace(**items.pop("progress"), **items)
-        checkpoints.write_metrics(workdir, history)
+        write_metrics(workdir, history)
         if step:
             say(f"{workdir} {'is complete' if step == total_steps else 'goes on'} after step {step:,}")
         task = bar.add_task("training", total=total_steps * batch_size, completed=step * batch_size)
@@ -127,7 +128,7 @@ def train(config: Config, splits: Splits) -> Result:
                     raise NotFiniteError("The test loss", step, workdir)
                 row = {"epoch": epoch + 1, "step": step, "train_loss": float(state.loss) / epoch_steps}
                 history.append({**row, "test_loss": test_loss, "test_accuracy": accuracy})
-                checkpoints.write_metrics(workdir, history)
+                write_metrics(workdir, history)
                 say(
                     f"epoch {epoch + 1:2}/{recipe.epochs}   loss {row['train_loss']:.4f}   "
                     f"test accuracy {accuracy:.2%}   {time.perf_counter() - start:.0f} s"
@@ -269,4 +270,4 @@ def probabilities(config: Config, params: Params, images: NDArray[np.uint8]) -> 
 
 def fingerprint(params: Params) -> str:
     """Return a short hash of all parameters' bits, equal only for runs that are equal."""
-    return checkpoints.sha256(params)[:16]
+    return sha256(params)[:16]

@@ -1,0 +1,99 @@
+"""The folder of a run: what it was told, and its metrics; the checkpoints have a file of their own.
+
+    WORKDIR/config.json      what decides the result
+    WORKDIR/metrics.jsonl    one line an epoch, without anything that depends on the clock
+    WORKDIR/checkpoints/N/   everything that the run knew after step N
+
+Each of them appears whole or not at all, so a kill costs no more than the work since the last checkpoint.
+"""
+
+import hashlib
+import json
+import os
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from mnist.config import Config, UserError
+from mnist.devices import is_main
+from mnist.idx import Splits
+
+Tree = Any  # of arrays or numbers
+Row = dict[str, int | float]  # of the metrics
+History = list[Row]
+
+PLACES = ("data_dir", "idx_dir")  # decide nothing: what lies there is hashed
+
+
+class WorkdirError(UserError):
+    """What is wrong with what an earlier run left."""
+
+
+def claim(config: Config, splits: Splits) -> None:
+    """Store what decides the result; if an earlier run has stored it: insist that nothing differs."""
+    given: dict[str, Any] = {**config.decisive, "data": sha256(list(splits.values()))[:16]}
+    path = config.workdir / "config.json"
+    begun = (config.workdir / "checkpoints").exists()  # asked first: another process may be writing both
+    if not path.exists():
+        if begun:
+            raise WorkdirError(f"{path} is missing, so nobody knows how the run in {config.workdir} was configured.")
+        places = {
+            name: str(getattr(config, name).expanduser().absolute()) for name in PLACES if getattr(config, name)
+        }
+        write(path, json.dumps({**given, **places}, indent=2) + "\n")
+        return
+    stored = read_config(config.workdir)
+    differing = [
+        f"{name} is {stored.get(name, 'not known')} there and {given.get(name, 'not known')} now"
+        for name in dict.fromkeys([*given, *stored])
+        if name not in PLACES and stored.get(name) != given.get(name)
+    ]
+    if differing:
+        raise WorkdirError(
+            f"{config.workdir} holds a run of another configuration ({', '.join(differing)}): "
+            "choose another --workdir, or delete that one."
+        )
+
+
+def stored_config(workdir: Path) -> Config:
+    """Return the configuration of the run in `workdir`."""
+    stored = read_config(workdir)
+    flags: dict[str, Any] = {field.name: stored[field.name] for field in fields(Config) if field.name in stored}
+    flags |= {name: Path(stored[name]) for name in PLACES if name in stored}
+    return Config(**flags, workdir=workdir)
+
+
+def read_config(workdir: Path) -> dict[str, Any]:
+    path = workdir / "config.json"
+    if not path.is_file():
+        raise WorkdirError(f"{workdir} holds no run: there is no {path}.")
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except ValueError as error:
+        raise WorkdirError(f"{path} is damaged: {error}.") from error
+
+
+def write_metrics(workdir: Path, history: History) -> None:
+    """Replace the file of metrics."""
+    write(workdir / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in history))
+
+
+def write(path: Path, text: str) -> None:
+    """Write a file that appears whole or not at all, by the main process alone."""
+    if not is_main():
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.new")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def sha256(tree: Tree) -> str:
+    """Return a hash of a tree's leaves."""
+    digest = hashlib.sha256()
+    for leaf in jax.tree.leaves(tree):
+        digest.update(np.asarray(leaf).tobytes())
+    return digest.hexdigest()
