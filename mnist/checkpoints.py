@@ -112,8 +112,9 @@ def no_aftermath() -> Generator[None]:
 
 def restore_params(workdir: Path) -> Tree:
     """Return the weights to predict with, of the newest whole checkpoint."""
-    name = "average" if stored_config(workdir).settings.ema else "params"
-    _, abstract = nnx.split(nnx.eval_shape(lambda: Cnn(nnx.Rngs(0))))
+    recipe = stored_config(workdir).settings
+    name = "average" if recipe.ema else "params"
+    _, abstract = nnx.split(nnx.eval_shape(lambda: Cnn(nnx.Rngs(0), recipe.width)))
     here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
 
     def placed(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:

@@ -1,4 +1,4 @@
-"""The network: three 3×3 convolutions, two of them pooled, and two dense layers. 426,000 parameters."""
+"""The network: three convolutions that shrink the image early, where the time goes, and two dense layers."""
 
 import jax
 import jax.numpy as jnp
@@ -7,46 +7,61 @@ from jax.typing import DTypeLike
 
 
 class Conv(nnx.Module):
-    """A 3×3 convolution, padded to keep its size, as one matrix product over the nine shifted images.
+    """A convolution, padded with zeros and seen at every `stride`-th pixel, as one matrix product over patches.
 
     On a CPU this trains several times faster than `jax.lax.conv`, whose gradients XLA runs slowly there.
     """
 
-    def __init__(self, inputs: int, outputs: int, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
-        self.linear = nnx.Linear(
-            9 * inputs, outputs, dtype=dtype, kernel_init=nnx.initializers.he_normal(), rngs=rngs
-        )
+    def __init__(self, inputs: int, outputs: int, size: int, stride: int, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
+        self.size, self.stride = size, stride
+        he_normal = nnx.initializers.he_normal()
+        self.linear = nnx.Linear(size * size * inputs, outputs, dtype=dtype, kernel_init=he_normal, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        _, height, width, _ = x.shape
-        padded = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
-        shifts = [padded[:, i : i + height, j : j + width] for i in range(3) for j in range(3)]
-        return self.linear(jnp.concatenate(shifts, axis=-1))
+        """Map (N, H, W, inputs) to (N, ⌈H / stride⌉, ⌈W / stride⌉, outputs)."""
+        return self.linear(patches(x, self.size, self.stride))
+
+
+def patches(x: jax.Array, size: int, stride: int) -> jax.Array:
+    """Return what a convolution's kernel sees at every position, (N, ⌈H / stride⌉, ⌈W / stride⌉, size² C)."""
+    _, height, width, channels = x.shape
+    if channels == 1:  # few enough for XLA's convolution, forward only, to be the fastest way
+        dimensions = ("NHWC", "HWIO", "NHWC")
+        return jax.lax.conv_general_dilated_patches(x, [size] * 2, [stride] * 2, "SAME", dimension_numbers=dimensions)
+    margins = [((extent - 1) // stride * stride + size - extent) for extent in (height, width)]
+    x = jnp.pad(x, ((0, 0), *((margin // 2, margin - margin // 2) for margin in margins), (0, 0)))
+    offsets = [(i, j) for i in range(size) for j in range(size)]
+    shifts = [x[:, i : i + height : stride, j : j + width : stride] for i, j in offsets]
+    return jnp.concatenate(shifts, axis=-1)
 
 
 def max_pool(x: jax.Array) -> jax.Array:
-    """Halve height and width. On a CPU this form's gradient is five times faster than reduce_window's."""
+    """Halve height and width, rounded up, of (N, H, W, C) without negative entries.
+
+    On a CPU this form's gradient is five times faster than that of `jax.lax.reduce_window`.
+    """
     batch, height, width, channels = x.shape
-    return x.reshape(batch, height // 2, 2, width // 2, 2, channels).max((2, 4))
+    x = jnp.pad(x, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)))
+    return x.reshape(batch, -(-height // 2), 2, -(-width // 2), 2, channels).max((2, 4))
 
 
 class Cnn(nnx.Module):
     """Maps images (N, 28, 28, 1) of bytes to logits (N, 10), computing in `dtype` with float32 parameters."""
 
-    def __init__(self, rngs: nnx.Rngs, dtype: DTypeLike = jnp.float32) -> None:
-        self.conv1 = Conv(1, 16, dtype, rngs)
-        self.conv2 = Conv(16, 32, dtype, rngs)
-        self.conv3 = Conv(32, 64, dtype, rngs)
-        self.dense = nnx.Linear(7 * 7 * 64, 128, dtype=dtype, rngs=rngs)
+    def __init__(self, rngs: nnx.Rngs, width: int = 32, dtype: DTypeLike = jnp.float32) -> None:
+        self.conv1 = Conv(1, width, 4, 2, dtype, rngs)
+        self.conv2 = Conv(width, 2 * width, 3, 2, dtype, rngs)
+        self.conv3 = Conv(2 * width, 2 * width, 3, 1, dtype, rngs)
+        self.dense = nnx.Linear(4 * 4 * 2 * width, 128, dtype=dtype, rngs=rngs)
         self.dropout = nnx.Dropout(0.3)
         self.logits = nnx.Linear(128, 10, dtype=dtype, rngs=rngs)
 
     def __call__(self, images: jax.Array, dropout_key: jax.Array | None = None) -> jax.Array:
         """Return the logits; with a key, as in training: with dropout."""
         x = (images.astype(jnp.float32) / 255 - 0.13) / 0.31  # mean and deviation of the training pixels
-        x = max_pool(nnx.relu(self.conv1(x)))
-        x = max_pool(nnx.relu(self.conv2(x)))
-        x = nnx.relu(self.conv3(x))
+        x = nnx.relu(self.conv1(x))
+        x = nnx.relu(self.conv2(x))
+        x = max_pool(nnx.relu(self.conv3(x)))
         x = nnx.relu(self.dense(x.reshape(len(x), -1)))
         x = self.dropout(x, deterministic=dropout_key is None, rngs=dropout_key)
         return self.logits(x)

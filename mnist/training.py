@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 import jaxent
 from mnist import checkpoints
+from mnist.augment import augmented
 from mnist.config import Config, ConfigError, UserError
 from mnist.devices import divided, make_mesh, spread, whole
 from mnist.idx import Splits
@@ -27,7 +28,6 @@ from mnist.workdir import claim, sha256, write_metrics
 
 LONGEST_DISPATCH = 64  # steps; the progress bar moves, and signals are heard, between dispatches
 EVALUATED_AT_ONCE = 500  # images
-MARGIN = 2  # pixels by which a training image is shifted at most
 
 Params = Any  # a tree of arrays, as nnx.split makes it
 Model = nnx.GraphDef[Cnn]
@@ -157,7 +157,7 @@ def plan(examples: int, batch_size: int, devices: int = 1) -> tuple[int, int, in
 
 def initial(config: Config, optimizer: optax.GradientTransformation, mesh: Mesh) -> tuple[Model, State]:
     """Return the network without its parameters, and the state before the first step, on every device."""
-    model, params = nnx.split(Cnn(nnx.Rngs(config.seed), config.dtype))
+    model, params = nnx.split(Cnn(nnx.Rngs(config.seed), config.settings.width, config.dtype))
     average = jax.tree.map(jnp.copy, params) if config.settings.ema else None
     state = State(jnp.zeros((), jnp.int32), jnp.zeros(()), params, optimizer.init(params), average)
     return model, jax.device_put(state, whole(mesh))
@@ -206,12 +206,13 @@ def make_run(
 
         def step(state: State, batch: jax.Array) -> tuple[State, jax.Array]:
             batch = jax.lax.with_sharding_constraint(batch, divided(mesh, 0))
-            shift_key, dropout_key = jax.random.split(jax.random.fold_in(key, state.step))
-            inputs, targets = shifted(shift_key, images[batch]), labels[batch]
+            augment_key, dropout_key = jax.random.split(jax.random.fold_in(key, state.step))
+            inputs, targets = augmented(augment_key, images[batch]), labels[batch]
             loss, grads = jax.value_and_grad(loss_of)(state.params, inputs, targets, dropout_key)
             updates, optimizer_state = optimizer.update(grads, state.optimizer, state.params)
             params = optax.apply_updates(state.params, updates)
-            average = state.average and optax.incremental_update(params, state.average, 1 - recipe.ema)
+            decay = jnp.minimum(recipe.ema, (state.step + 1) / (state.step + 10))  # at first, forget sooner
+            average = state.average and optax.incremental_update(params, state.average, 1 - decay)
             total = jnp.where(state.step % epoch_steps == 0, 0, state.loss) + loss
             return State(state.step + 1, total, params, optimizer_state, average), loss
 
@@ -219,17 +220,6 @@ def make_run(
         return state, Output(state.step, losses, signals.max())
 
     return run
-
-
-def shifted(key: jax.Array, images: jax.Array) -> jax.Array:
-    """Move every image by up to MARGIN pixels along each axis."""
-    padded = jnp.pad(images, ((0, 0), (MARGIN, MARGIN), (MARGIN, MARGIN), (0, 0)))
-    corners = jax.random.randint(key, (len(images), 2), 0, 2 * MARGIN + 1)
-
-    def cut(image: jax.Array, corner: jax.Array) -> jax.Array:
-        return jax.lax.dynamic_slice(image, (*corner, 0), images.shape[1:])
-
-    return jax.vmap(cut)(padded, corners)
 
 
 @jax.jit
@@ -263,7 +253,7 @@ def scores(logits: jax.Array, labels: NDArray[np.uint8]) -> tuple[float, float]:
 def probabilities(config: Config, params: Params, images: NDArray[np.uint8]) -> NDArray[np.float32]:
     """Return the probabilities (N, 10) of images (N, 28, 28, 1)."""
     mesh = make_mesh()
-    model, _ = nnx.split(Cnn(nnx.Rngs(0), config.dtype))
+    model, _ = nnx.split(Cnn(nnx.Rngs(0), config.settings.width, config.dtype))
     logits = logits_of(model, mesh, jax.device_put(params, whole(mesh)), in_blocks(images, mesh))
     return np.asarray(jaxent.softmax(logits))[: len(images)]
 
