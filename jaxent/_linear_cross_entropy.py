@@ -420,7 +420,10 @@ def _sweep(
         if of_hidden is not None and terms.hidden is not None:
             of_hidden = chunks.put(of_hidden, terms.hidden, i)
         if of_kernel is not None and terms.kernel is not None:
-            of_kernel = of_kernel + terms.kernel if differentiable else _add_product(of_kernel, x, terms.kernel)
+            if differentiable:
+                of_kernel = of_kernel + terms.kernel
+            else:
+                of_kernel = _add_product(of_kernel, x, terms.kernel, by_class=options.classes.is_whole(kernel))
         if of_bias is not None and terms.bias is not None:
             of_bias = of_bias + terms.bias
         losses = chunks.put(losses, jnp.where(counts, loss, 0.0), i)
@@ -547,23 +550,25 @@ def _losses_and_gradient_of_logits(
     return loss, gradient
 
 
-def _add_product(total: Float[Array, "features classes"], x: Array, g: Array) -> Float[Array, "features classes"]:
-    """`total + x.T @ g`, in place, a few rows at a time: the whole product would be a second array of that size."""
-    features = total.shape[0]
-    rows = min(max(x.shape[0] // 8, 8), features)
+def _add_product(
+    total: Float[Array, "features classes"], x: Array, g: Array, *, by_class: bool
+) -> Float[Array, "features classes"]:
+    """`total + x.T @ g`, in place, a tile at a time: the whole product would be a second array of that size.
 
-    def add(start: Any, rows: int, total: Array) -> Array:
-        part = _dot(jax.lax.dynamic_slice_in_dim(x, start, rows, 1), g, 0, 0, total.dtype)
-        part += jax.lax.dynamic_slice_in_dim(total, start, rows, 0)
-        return jax.lax.dynamic_update_slice_in_dim(total, part, start, 0)
-
-    whole, rest = divmod(features, rows)
+    Tiles of some classes are the faster ones. Tiles of some features move nothing where the classes are split.
+    """
+    axis, size = int(by_class), total.shape[by_class]
+    tile = min(max(1024, 2**19 // max(total.shape[0], 1)) if by_class else max(x.shape[0] // 8, 8), size)
 
     def step(i: Any, total: Array) -> Array:
-        return add(i * rows, rows, total)
+        start = jnp.minimum(i * tile, size - tile)  # the last tile may overlap the one before
+        some = jax.lax.dynamic_slice_in_dim(g if by_class else x, start, tile, 1)
+        some = jnp.where(start + jnp.arange(tile) >= i * tile, some, 0)
+        part = _dot(x, some, 0, 0, total.dtype) if by_class else _dot(some, g, 0, 0, total.dtype)
+        part += jax.lax.dynamic_slice_in_dim(total, start, tile, axis)
+        return jax.lax.dynamic_update_slice_in_dim(total, part, start, axis)
 
-    total = jax.lax.fori_loop(0, whole, step, total)
-    return add(whole * rows, rest, total) if rest else total
+    return jax.lax.fori_loop(0, math.ceil(size / max(tile, 1)), step, total)
 
 
 def _dot(a: Array, b: Array, a_axis: int, b_axis: int, dtype: jnp.dtype) -> Array:

@@ -17,7 +17,7 @@ from jax.sharding import PartitionSpec as P
 
 import jaxent
 
-SIZES = {"n": 16, "c": 32, "l": 3, "d": 8}  # tokens, classes, and two axes that are never sharded
+SIZES = {"n": 16, "c": 32, "l": 3, "d": 12}  # tokens, classes, and two axes that are never sharded
 
 # Over which mesh axes tokens and classes are sharded.
 LAYOUTS = {

@@ -113,8 +113,8 @@ def test_chunk_sizes(chunk_size):
 
 @REDUCTION
 def test_several_chunks_by_default(reduction):
-    hidden, kernel, *_ = draw(lead=(601,), features=60)  # two tiles of the kernel and a rest
-    labels = np.random.default_rng(0).integers(-1, C, 601, np.int32)
+    hidden, kernel, *_ = draw(lead=(601,), features=500, classes=2100)  # two tiles of the kernel and a rest
+    labels = np.random.default_rng(0).integers(-1, 2100, 601, np.int32)
     assert_linear_matches_torch(hidden, kernel, labels, ignore_index=-1, reduction=reduction)
 
 
@@ -258,10 +258,11 @@ def test_second_derivatives_in_half_precision(reduction):
     """In the dtypes of the arrays, and rounded to them nowhere but in the logits' gradient and at the end."""
     linear, tangents = (jax.tree.map(lambda x: jnp.asarray(x, BRAIN), x) for x in (LINEAR, TANGENTS))
     run = jax.jit(HESSIAN_TIMES["forward over reverse"], static_argnums=0)
-    got = run(scalar(linear_cross_entropy, reduction), linear, tangents)
+    weight = np.float32(WEIGHT)
+    got = run(scalar(linear_cross_entropy, reduction, weight=weight), linear, tangents)
     assert [x.dtype for x in got] == [BRAIN] * 3
     linear, tangents = (jax.tree.map(np.float32, x) for x in (linear, tangents))
-    want = run(scalar(unfused, reduction), linear, tangents)
+    want = run(scalar(unfused, reduction, weight=weight), linear, tangents)
     # A product of two factors, each with a rounding, in every one of at most N sums' terms, and the last rounding.
     error = 4 * float(jnp.finfo(BRAIN).eps)
     for x, y in zip(got, want, strict=True):
