@@ -42,3 +42,9 @@ def test_every_block_of_python_is_run(page):
             assert block.endswith("\n\n"), f"doctest takes the fence for output; leave a blank line:\n{block}"
         else:
             assert language in ("", "text"), language
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_to_files_lead_somewhere(page):
+    for target in re.findall(r"\]\((?!https?:|#)([^)#]+)[^)]*\)", page.read_text()):
+        assert (page.parent / target).exists(), target
