@@ -71,7 +71,7 @@ CASES = [
 ]
 # The largest takes half a minute a call; 1536 tokens are still more than one chunk.
 SWEEP = [
-    Case("sweep", 2048 if features * classes < 2**28 else 1536, features, classes)
+    Case(f"{features} features", 2048 if features * classes < 2**28 else 1536, features, classes)
     for features in (256, 1024, 4096)
     for classes in (4096, 32768, 128256)
 ]

@@ -298,10 +298,12 @@ def draw(config: Config, runs: dict[str, dict[str, Any]], picture: Path) -> None
         axes["loss"].plot(run["losses"], color=colors[loss], label=names[loss], linewidth=width)
         if loss != "unfused":
             gap = np.abs(np.subtract(run["losses"], runs["unfused"]["losses"]))
-            axes["gap"].semilogy(np.where(gap > 0, gap, np.nan), ".", markersize=3, color=colors[loss])
+            equal = f"{names[loss]}: equal in {np.sum(gap == 0)} of {len(gap)} steps"  # which no logarithm shows
+            axes["gap"].semilogy(np.where(gap > 0, gap, np.nan), ".", markersize=3, color=colors[loss], label=equal)
     tokens = config.batch_size * config.length
     axes["loss"].set(title=f"loss, {tokens:,} tokens a step and {config.vocabulary:,} words")
     axes["loss"].legend()
+    axes["gap"].legend(markerscale=3, fontsize="small", loc="lower right")
     axes["gap"].set(title="distance of the loss from cross_entropy's", xlabel="step")
 
     def bars(panel: str, title: str, measure: Callable[[dict[str, Any]], float], form: str) -> None:
