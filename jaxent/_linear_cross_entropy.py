@@ -558,7 +558,7 @@ def _add_product(
     Tiles of some classes are the faster ones. Tiles of some features move nothing where the classes are split.
     """
     axis, size = int(by_class), total.shape[by_class]
-    tile = min(max(1024, 2**19 // max(total.shape[0], 1)) if by_class else max(x.shape[0] // 8, 8), size)
+    tile = min(1024 if by_class else max(x.shape[0] // 8, 8), size)
 
     def step(i: Any, total: Array) -> Array:
         start = jnp.minimum(i * tile, size - tile)  # the last tile may overlap the one before
