@@ -36,23 +36,19 @@ def patches(x: jax.Array, size: int, stride: int) -> jax.Array:
 
 
 def max_pool(x: jax.Array) -> jax.Array:
-    """Halve height and width, rounded up, of (N, H, W, C) without negative entries.
-
-    On a CPU this form's gradient is five times faster than that of `jax.lax.reduce_window`.
-    """
-    batch, height, width, channels = x.shape
-    x = jnp.pad(x, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)))
-    return x.reshape(batch, -(-height // 2), 2, -(-width // 2), 2, channels).max((2, 4))
+    """Halve height and width. On a CPU this form's gradient is five times faster than that of reduce_window."""
+    top, bottom = (jnp.maximum(x[:, i::2, ::2], x[:, i::2, 1::2]) for i in (0, 1))
+    return jnp.maximum(top, bottom)
 
 
 class Cnn(nnx.Module):
     """Maps images (N, 28, 28, 1) of bytes to logits (N, 10), computing in `dtype` with float32 parameters."""
 
-    def __init__(self, rngs: nnx.Rngs, width: int = 32, dtype: DTypeLike = jnp.float32) -> None:
+    def __init__(self, rngs: nnx.Rngs, width: int = 16, dtype: DTypeLike = jnp.float32) -> None:
         self.conv1 = Conv(1, width, 4, 2, dtype, rngs)
-        self.conv2 = Conv(width, 2 * width, 3, 2, dtype, rngs)
-        self.conv3 = Conv(2 * width, 2 * width, 3, 1, dtype, rngs)
-        self.dense = nnx.Linear(4 * 4 * 2 * width, 128, dtype=dtype, rngs=rngs)
+        self.conv2 = Conv(width, 2 * width, 3, 1, dtype, rngs)
+        self.conv3 = Conv(2 * width, 4 * width, 3, 1, dtype, rngs)
+        self.dense = nnx.Linear(7 * 7 * 4 * width, 128, dtype=dtype, rngs=rngs)
         self.dropout = nnx.Dropout(0.3)
         self.logits = nnx.Linear(128, 10, dtype=dtype, rngs=rngs)
 
@@ -60,8 +56,8 @@ class Cnn(nnx.Module):
         """Return the logits; with a key, as in training: with dropout."""
         x = (images.astype(jnp.float32) / 255 - 0.13) / 0.31  # mean and deviation of the training pixels
         x = nnx.relu(self.conv1(x))
-        x = nnx.relu(self.conv2(x))
-        x = max_pool(nnx.relu(self.conv3(x)))
+        x = nnx.relu(max_pool(self.conv2(x)))
+        x = nnx.relu(self.conv3(x))
         x = nnx.relu(self.dense(x.reshape(len(x), -1)))
         x = self.dropout(x, deterministic=dropout_key is None, rngs=dropout_key)
         return self.logits(x)

@@ -37,10 +37,9 @@ def test_convolutions_and_their_gradients_equal_xlas(size, stride, extent, chann
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("extent", [6, 7])
-def test_pooling_equals_reduce_window(extent):
-    x = jax.nn.relu(jax.random.normal(jax.random.key(0), (2, extent, extent, 3)))
-    window = partial(jax.lax.reduce_window, init_value=0.0, computation=jax.lax.max)
+def test_pooling_equals_reduce_window():
+    x = jax.random.normal(jax.random.key(0), (2, 6, 6, 3))
+    window = partial(jax.lax.reduce_window, init_value=-jnp.inf, computation=jax.lax.max)
     wanted = window(x, window_dimensions=(1, 2, 2, 1), window_strides=(1, 2, 2, 1), padding="SAME")
     np.testing.assert_array_equal(max_pool(x), wanted)
 
