@@ -1,31 +1,37 @@
-"""Train a small convolutional network on MNIST: `python train_mnist.py`, or with `--help` for the flags."""
+"""Train a network on MNIST: `python train_mnist.py`, with the flags below.
+
+`python train_mnist.py evaluate --workdir W` measures what a run has trained on the test images.
+
+`python train_mnist.py predict --workdir W IMAGE...` says what pictures of digits show.
+"""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import redirect_stderr
 from io import StringIO
+from typing import Any
 
 import tyro
 
 from mnist.config import Config, ConfigError, UserError
-from mnist.data import obtain
-from mnist.datasets import DATASETS
-from mnist.devices import connect
-from mnist.idx import DataError
-from mnist.terminal import say
-from mnist.training import fingerprint, train
+from mnist.predict import Evaluate, Predict, evaluate, predict
+from mnist.run import train
+
+COMMANDS: dict[str, tuple[Any, Callable[[Any], None]]] = {
+    "train": (Config, train),
+    "evaluate": (Evaluate, evaluate),
+    "predict": (Predict, predict),
+}
 
 
 def main(args: Sequence[str] | None = None) -> int:
     """Run the command and return its exit status."""
     try:
-        run(parse(args))
+        run, flags = parse(sys.argv[1:] if args is None else args)
+        run(flags)
     except UserError as error:
         print(error, file=sys.stderr)
         return error.status
-    except DataError as error:
-        print(error, file=sys.stderr)
-        return 1
     except OSError as error:
         print(f"{error.filename or 'The system'}: {error.strerror or error}.", file=sys.stderr)
         return 1
@@ -35,27 +41,20 @@ def main(args: Sequence[str] | None = None) -> int:
     return 0
 
 
-def parse(args: Sequence[str] | None) -> Config:
-    """Read the flags; what is wrong with them becomes one sentence instead of tyro's box of several lines."""
+def parse(args: Sequence[str]) -> tuple[Callable[[Any], None], Any]:
+    """Read command and flags; what is wrong with them becomes one sentence instead of tyro's box of several lines."""
+    name, rest = (args[0], args[1:]) if args and args[0] in COMMANDS else ("train", args)
+    flags, run = COMMANDS[name]
+    prog, about = ("train_mnist.py", __doc__) if rest is args else (f"train_mnist.py {name}", None)
     box = StringIO()
     try:
         with redirect_stderr(box):
-            return tyro.cli(Config, args=args, prog="train_mnist.py")
+            return run, tyro.cli(flags, args=rest, prog=prog, description=about)
     except SystemExit as stop:
         if not stop.code:  # --help
             raise
         message, _, _ = "".join(box.getvalue().splitlines(keepends=True)[1:]).partition("───")
         raise ConfigError(f"{' '.join(message.replace('│', ' ').split())}; see --help.") from None
-
-
-def run(config: Config) -> None:
-    """Get the data, train, and print what came out."""
-    connect(config)
-    splits = obtain(config.data_dir.expanduser(), config.idx_dir, DATASETS[config.dataset])
-    train_size, test_size = (len(splits[split].labels) for split in ("train", "test"))
-    say(f"{train_size:,} training and {test_size:,} test images")
-    result = train(config, splits)
-    say(f"final test accuracy {result.accuracy:.2%}   parameters {fingerprint(result.params)}")
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from mnist.datasets import Name
 from mnist.recipes import RECIPES, Recipe
 
 
@@ -22,7 +23,7 @@ class ConfigError(UserError):
 class Config:
     """Train a small convolutional network on MNIST, the handwritten digits."""
 
-    dataset: Literal["mnist", "fashion_mnist", "kmnist"] = "mnist"
+    dataset: Name = "mnist"
     """What to learn: digits, clothes or Kuzushiji characters."""
     data_dir: Path = Path(os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets"))
     """Where TensorFlow Datasets keeps prepared data; the data set is prepared here unless it is there already."""

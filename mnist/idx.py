@@ -15,6 +15,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from mnist.config import UserError
 from mnist.datasets import MNIST, Dataset
 
 PREFIXES = {"train": "train", "test": "t10k"}
@@ -22,8 +23,8 @@ LONGEST = 64 << 20  # bytes; no official file, compressed or not, is longer
 NETWORK_ERRORS = (OSError, http.client.HTTPException)  # urllib's own errors are OSErrors
 
 
-class DataError(Exception):
-    """What is wrong with the data, in one sentence for the person at the terminal."""
+class DataError(UserError):
+    """What is wrong with the data."""
 
 
 class UnreachableError(DataError):

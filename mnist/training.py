@@ -24,7 +24,7 @@ from mnist.idx import Splits
 from mnist.model import Cnn
 from mnist.recipes import Recipe, make_optimizer
 from mnist.terminal import heard, progress_bar, say
-from mnist.workdir import claim, sha256, write_metrics
+from mnist.workdir import History, claim, sha256, write_metrics
 
 LONGEST_DISPATCH = 64  # steps; the progress bar moves, and signals are heard, between dispatches
 EVALUATED_AT_ONCE = 500  # images
@@ -57,6 +57,7 @@ class Result(NamedTuple):
 
     params: Params
     accuracy: float
+    history: History
 
 
 class NotFiniteError(UserError):
@@ -136,7 +137,7 @@ def train(config: Config, splits: Splits) -> Result:
             checkpoints.save(saved, step, history, as_items(state))
             if stop:
                 raise StoppedError(stop, step, workdir)
-    return Result(weights(state), history[-1]["test_accuracy"])
+    return Result(weights(state), history[-1]["test_accuracy"], history)
 
 
 def plan(examples: int, batch_size: int, devices: int = 1) -> tuple[int, int, int]:

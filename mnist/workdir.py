@@ -2,9 +2,10 @@
 
     WORKDIR/config.json      what decides the result
     WORKDIR/metrics.jsonl    one line an epoch, without anything that depends on the clock
+    WORKDIR/tensorboard/     the same for TensorBoard, if that is installed
     WORKDIR/checkpoints/N/   everything that the run knew after step N
 
-Each of them appears whole or not at all, so a kill costs no more than the work since the last checkpoint.
+All but TensorBoard's appear whole or not at all, so a kill costs no more than the work since the last checkpoint.
 """
 
 import hashlib
@@ -17,6 +18,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from mnist.board import write_events
 from mnist.config import Config, UserError
 from mnist.devices import is_main
 from mnist.idx import Splits
@@ -77,8 +79,10 @@ def read_config(workdir: Path) -> dict[str, Any]:
 
 
 def write_metrics(workdir: Path, history: History) -> None:
-    """Replace the file of metrics."""
+    """Replace the file of metrics, and TensorBoard's if that is installed."""
     write(workdir / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in history))
+    if is_main():
+        write_events(workdir / "tensorboard" / "events.out.tfevents.metrics", history)
 
 
 def write(path: Path, text: str) -> None:

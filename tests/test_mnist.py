@@ -445,9 +445,10 @@ def test_a_process_trains_in_plain_lines_where_stdout_is_no_terminal(splits, tmp
     flags = {"--data-dir": tmp_path, "--workdir": tmp_path / "run", "--epochs": 2, "--batch-size": 20}
     done = process(*(word for pair in flags.items() for word in pair), folder=tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
-    size, configuration, first, second, final = done.stdout.splitlines()
+    size, configuration, first, second, final, where = done.stdout.splitlines()
     assert size == "200 training and 50 test images"
     assert configuration.startswith("configuration: dataset mnist, recipe default, dtype float32, seed 0, epochs 2, ")
     assert first.startswith("epoch  1/2   loss ")
     assert second.startswith("epoch  2/2   loss ")
     assert re.fullmatch(r"final test accuracy \d+\.\d\d%   parameters [0-9a-f]{16}", final)
+    assert where == f"report in {tmp_path / 'run' / 'report'}"

@@ -1,0 +1,25 @@
+"""The command `train`, from the data to the report."""
+
+from mnist import report
+from mnist.config import Config
+from mnist.data import obtain
+from mnist.datasets import DATASETS
+from mnist.devices import connect, is_main
+from mnist.terminal import say
+from mnist.training import fingerprint, probabilities
+from mnist.training import train as fit
+
+
+def train(config: Config) -> None:
+    """Get the data, train, print what came out, and write the report."""
+    connect(config)
+    dataset = DATASETS[config.dataset]
+    splits = obtain(config.data_dir.expanduser(), config.idx_dir, dataset)
+    train_size, test_size = (len(splits[split].labels) for split in ("train", "test"))
+    say(f"{train_size:,} training and {test_size:,} test images")
+    result = fit(config, splits)
+    say(f"final test accuracy {result.accuracy:.2%}   parameters {fingerprint(result.params)}")
+    p = probabilities(config, result.params, splits["test"].images)  # by all processes together
+    if is_main():
+        report.write(config.workdir / "report", result.history, *splits["test"], p, dataset.class_names)
+        say(f"report in {config.workdir / 'report'}")
