@@ -4,7 +4,6 @@ import math
 import time
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -18,16 +17,16 @@ from numpy.typing import NDArray
 import jaxent
 from mnist import checkpoints
 from mnist.augment import augmented
-from mnist.config import Config, ConfigError, UserError
+from mnist.config import Config, ConfigError
 from mnist.devices import divided, make_mesh, spread, whole
+from mnist.evaluation import in_blocks, logits_of, scores
 from mnist.idx import Splits
 from mnist.model import Cnn
 from mnist.recipes import Recipe, make_optimizer
 from mnist.terminal import heard, progress_bar, say
-from mnist.workdir import History, claim, sha256, write_metrics
+from mnist.workdir import History, NotFiniteError, StoppedError, claim, sha256, write_metrics
 
 LONGEST_DISPATCH = 64  # steps; the progress bar moves, and signals are heard, between dispatches
-EVALUATED_AT_ONCE = 500  # images
 
 Params = Any  # a tree of arrays, as nnx.split makes it
 Model = nnx.GraphDef[Cnn]
@@ -58,24 +57,6 @@ class Result(NamedTuple):
     params: Params
     accuracy: float
     history: History
-
-
-class NotFiniteError(UserError):
-    """The loss or a parameter became infinite or NaN."""
-
-    def __init__(self, what: str, step: int, workdir: Path) -> None:
-        super().__init__(
-            f"{what} is not finite at step {step:,}, so nothing newer than the last good checkpoint is kept in "
-            f"{workdir}; a lower --learning-rate, with another --workdir, may help."
-        )
-
-
-class StoppedError(UserError):
-    """A signal ended the run before its time."""
-
-    def __init__(self, signal: int, step: int, workdir: Path) -> None:
-        super().__init__(f"Stopped after step {step:,}, which {workdir} keeps: the same command goes on from there.")
-        self.status = 128 + signal
 
 
 def train(config: Config, splits: Splits) -> Result:
@@ -227,28 +208,6 @@ def make_run(
 def finite(state: State) -> jax.Array:
     """Say whether all of the state is."""
     return jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(state)]).all()
-
-
-def in_blocks(images: NDArray[np.uint8], mesh: Mesh) -> jax.Array:
-    """Return the images, and some empty ones, as blocks to evaluate at once: (blocks, size, 28, 28, 1)."""
-    size = mesh.size * -(-min(len(images), EVALUATED_AT_ONCE) // mesh.size)
-    blocks = -(-len(images) // size)
-    padded = np.zeros((blocks * size, *images.shape[1:]), np.uint8)
-    padded[: len(images)] = images
-    return jax.device_put(padded.reshape(blocks, size, *images.shape[1:]), divided(mesh, 1))
-
-
-@partial(jax.jit, static_argnums=(0, 1))
-def logits_of(model: Model, mesh: Mesh, params: Params, blocks: jax.Array) -> jax.Array:
-    """Return the logits (N, 10) of all images, on every device."""
-    logits = jax.lax.map(nnx.merge(model, params), blocks)
-    return jax.lax.with_sharding_constraint(logits.reshape(-1, logits.shape[-1]).astype(jnp.float32), whole(mesh))
-
-
-def scores(logits: jax.Array, labels: NDArray[np.uint8]) -> tuple[float, float]:
-    """Return the mean loss, and the share of images that are labelled rightly."""
-    logits = logits[: len(labels)]
-    return float(jaxent.cross_entropy(logits, labels)), int((logits.argmax(-1) == labels).sum()) / len(labels)
 
 
 def probabilities(config: Config, params: Params, images: NDArray[np.uint8]) -> NDArray[np.float32]:

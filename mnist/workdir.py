@@ -34,6 +34,24 @@ class WorkdirError(UserError):
     """What is wrong with what an earlier run left."""
 
 
+class NotFiniteError(UserError):
+    """The loss or a parameter became infinite or NaN."""
+
+    def __init__(self, what: str, step: int, workdir: Path) -> None:
+        super().__init__(
+            f"{what} is not finite at step {step:,}, so nothing newer than the last good checkpoint is kept in "
+            f"{workdir}; a lower --learning-rate, with another --workdir, may help."
+        )
+
+
+class StoppedError(UserError):
+    """A signal ended the run before its time."""
+
+    def __init__(self, signal: int, step: int, workdir: Path) -> None:
+        super().__init__(f"Stopped after step {step:,}, which {workdir} keeps: the same command goes on from there.")
+        self.status = 128 + signal
+
+
 def claim(config: Config, splits: Splits) -> None:
     """Store what decides the result; if an earlier run has stored it: insist that nothing differs."""
     given: dict[str, Any] = {**config.decisive, "data": sha256(list(splits.values()))[:16]}

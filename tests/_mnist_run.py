@@ -19,6 +19,7 @@ import numpy as np
 
 from mnist import training
 from mnist.config import Config, UserError
+from mnist.devices import connect
 from mnist.idx import Digits
 
 begun: list[float] = []  # when the metrics were written
@@ -76,6 +77,7 @@ def main(death: str, text: str) -> int:
     config = Config(**{**values, "workdir": Path(values["workdir"])})
     arrange(death, config)
     try:
+        connect(config)
         result = training.train(config, {"train": stripes(500, 0), "test": stripes(100, 1)})
     except UserError as error:
         print(error, file=sys.stderr)
