@@ -169,7 +169,8 @@ def softmax_core(x: Float[Array, "..."], axis: ClassAxis) -> Float[Array, "..."]
     """Softmax of float32 or float64 logits."""
     m = axis.max(x)
     # At most one per class and at least one, whatever fma makes of the largest class (see `difference`).
-    total = jnp.clip(axis.sum(jnp.exp(x - m), keepdims=True), 1.0, axis.size(x))
+    # Its terms are written `x + -m`, or XLA's CPU backend would share `x - m` with the result and write that out.
+    total = jnp.clip(axis.sum(jnp.exp(x + -m), keepdims=True), 1.0, axis.size(x))
     # Half an ulp of a difference of 80 is 4e-6, a relative error of that size in its exponential. The total does not
     # feel it, since classes so far down hardly count; for the classes themselves, two-sum recovers what was lost.
     d = difference(x, m)
