@@ -17,11 +17,7 @@ from mnist.config import Config, ConfigError, UserError
 from mnist.predict import Evaluate, Predict, evaluate, predict
 from mnist.run import train
 
-COMMANDS: dict[str, tuple[Any, Callable[[Any], None]]] = {
-    "train": (Config, train),
-    "evaluate": (Evaluate, evaluate),
-    "predict": (Predict, predict),
-}
+COMMANDS: dict[str, Any] = {"train": (Config, train), "evaluate": (Evaluate, evaluate), "predict": (Predict, predict)}
 
 
 def main(args: Sequence[str] | None = None) -> int:
