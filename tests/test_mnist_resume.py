@@ -350,5 +350,7 @@ sys.exit(_mnist_run.main("never", {json.dumps({**RUN, "workdir": str(tmp_path / 
         check=False,
     )
     assert done.returncode == 1
-    assert "A checkpoint cannot be written under" in done.stderr.splitlines()[-1]
-    assert "File too large" in done.stderr.splitlines()[-1]
+    # orbax logs too, in a thread of its own; the command silences that
+    sentences = [line for line in done.stderr.splitlines() if line.startswith("A checkpoint cannot be written under")]
+    assert len(sentences) == 1
+    assert "File too large" in sentences[0]
