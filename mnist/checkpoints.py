@@ -112,17 +112,16 @@ def no_aftermath() -> Generator[None]:
 
 def restore_params(workdir: Path) -> Tree:
     """Return the weights to predict with, of the newest whole checkpoint."""
-    recipe = stored_config(workdir).settings
-    name = "average" if recipe.ema else "params"
-    _, abstract = nnx.split(nnx.eval_shape(lambda: Cnn(nnx.Rngs(0), recipe.width)))
+    width = stored_config(workdir).settings.width
+    _, abstract = nnx.split(nnx.eval_shape(lambda: Cnn(nnx.Rngs(0), width)))
     here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
 
     def placed(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here)
 
     with opened(workdir, read_only=True) as manager:
-        found = latest(manager, {name: jax.tree.map(placed, abstract)})
+        found = latest(manager, {"average": jax.tree.map(placed, abstract)})
     if found is None:
         raise WorkdirError(f"{workdir} holds no checkpoint yet.")
     _, _, trees = found
-    return trees[name]
+    return trees["average"]

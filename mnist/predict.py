@@ -13,8 +13,8 @@ from mnist.checkpoints import restore_params
 from mnist.config import Config, UserError
 from mnist.data import obtain, sentence
 from mnist.datasets import DATASETS
+from mnist.evaluation import probabilities
 from mnist.report import accuracy, negative_log_likelihood
-from mnist.training import probabilities
 from mnist.workdir import stored_config
 
 Floats = NDArray[np.float32]

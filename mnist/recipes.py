@@ -14,7 +14,7 @@ class Recipe:
     learning_rate: float
     weight_decay: float
     width: int = 16  # channels of the first convolution; the next have two and four times as many
-    ema: float = 0.999  # decay of the averaged weights that are evaluated; 0 evaluates the trained ones
+    ema: float = 0.999  # decay of the averaged weights, which are what is evaluated
 
 
 RECIPES = {

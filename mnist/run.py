@@ -5,8 +5,9 @@ from mnist.config import Config
 from mnist.data import obtain
 from mnist.datasets import DATASETS
 from mnist.devices import connect, is_main
+from mnist.evaluation import VIEWS, probabilities
 from mnist.terminal import say
-from mnist.training import fingerprint, probabilities
+from mnist.training import fingerprint
 from mnist.training import train as fit
 
 
@@ -18,8 +19,9 @@ def train(config: Config) -> None:
     train_size, test_size = (len(splits[split].labels) for split in ("train", "test"))
     say(f"{train_size:,} training and {test_size:,} test images")
     result = fit(config, splits)
-    say(f"final test accuracy {result.accuracy:.2%}   parameters {fingerprint(result.params)}")
     p = probabilities(config, result.params, splits["test"].images)  # by all processes together
+    accuracy = report.accuracy(p, splits["test"].labels)
+    say(f"final test accuracy {accuracy:.2%}, over {len(VIEWS)} views   parameters {fingerprint(result.params)}")
     if is_main():
         report.write(config.workdir / "report", result.history, *splits["test"], p, dataset.class_names)
         say(f"report in {config.workdir / 'report'}")

@@ -12,7 +12,6 @@ import numpy as np
 import optax
 from flax import nnx
 from jax.sharding import Mesh
-from numpy.typing import NDArray
 
 import jaxent
 from mnist import checkpoints
@@ -40,7 +39,7 @@ class State(NamedTuple):
     loss: jax.Array  # summed over the steps of this epoch
     params: Params
     optimizer: optax.OptState
-    average: Params | None  # of the parameters over the last steps, if the recipe wants it
+    average: Params  # of the parameters over the last steps: what predictions are made with
 
 
 class Output(NamedTuple):
@@ -105,7 +104,7 @@ def train(config: Config, splits: Splits) -> Result:
             if not finite(state):
                 raise NotFiniteError("A parameter", step, workdir)
             if step % epoch_steps == 0:
-                test_loss, accuracy = scores(logits_of(model, mesh, weights(state), test_images), test_labels)
+                test_loss, accuracy = scores(logits_of(model, mesh, state.average, test_images), test_labels)
                 if not math.isfinite(test_loss):
                     raise NotFiniteError("The test loss", step, workdir)
                 row = {"epoch": epoch + 1, "step": step, "train_loss": float(state.loss) / epoch_steps}
@@ -118,7 +117,7 @@ def train(config: Config, splits: Splits) -> Result:
             checkpoints.save(saved, step, history, as_items(state))
             if stop:
                 raise StoppedError(stop, step, workdir)
-    return Result(weights(state), history[-1]["test_accuracy"], history)
+    return Result(state.average, history[-1]["test_accuracy"], history)
 
 
 def plan(examples: int, batch_size: int, devices: int = 1) -> tuple[int, int, int]:
@@ -140,24 +139,15 @@ def plan(examples: int, batch_size: int, devices: int = 1) -> tuple[int, int, in
 def initial(config: Config, optimizer: optax.GradientTransformation, mesh: Mesh) -> tuple[Model, State]:
     """Return the network without its parameters, and the state before the first step, on every device."""
     model, params = nnx.split(Cnn(nnx.Rngs(config.seed), config.settings.width, config.dtype))
-    average = jax.tree.map(jnp.copy, params) if config.settings.ema else None
+    average = jax.tree.map(jnp.copy, params)  # of its own: a step may overwrite both
     state = State(jnp.zeros((), jnp.int32), jnp.zeros(()), params, optimizer.init(params), average)
     return model, jax.device_put(state, whole(mesh))
 
 
 def as_items(state: State) -> dict[str, Any]:
     """Return the trees that a checkpoint keeps, by name."""
-    items = {
-        "params": state.params,
-        "optimizer": state.optimizer,
-        "progress": {"step": state.step, "loss": state.loss},
-    }
-    return items if state.average is None else {**items, "average": state.average}
-
-
-def weights(state: State) -> Params:
-    """Return what predictions are made with."""
-    return state.params if state.average is None else state.average
+    progress = {"step": state.step, "loss": state.loss}
+    return {"params": state.params, "optimizer": state.optimizer, "average": state.average, "progress": progress}
 
 
 @partial(jax.jit, static_argnums=(1, 2))
@@ -194,7 +184,7 @@ def make_run(
             updates, optimizer_state = optimizer.update(grads, state.optimizer, state.params)
             params = optax.apply_updates(state.params, updates)
             decay = jnp.minimum(recipe.ema, (state.step + 1) / (state.step + 10))  # at first, forget sooner
-            average = state.average and optax.incremental_update(params, state.average, 1 - decay)
+            average = optax.incremental_update(params, state.average, 1 - decay)
             total = jnp.where(state.step % epoch_steps == 0, 0, state.loss) + loss
             return State(state.step + 1, total, params, optimizer_state, average), loss
 
@@ -208,14 +198,6 @@ def make_run(
 def finite(state: State) -> jax.Array:
     """Say whether all of the state is."""
     return jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(state)]).all()
-
-
-def probabilities(config: Config, params: Params, images: NDArray[np.uint8]) -> NDArray[np.float32]:
-    """Return the probabilities (N, 10) of images (N, 28, 28, 1)."""
-    mesh = make_mesh()
-    model, _ = nnx.split(Cnn(nnx.Rngs(0), config.settings.width, config.dtype))
-    logits = logits_of(model, mesh, jax.device_put(params, whole(mesh)), in_blocks(images, mesh))
-    return np.asarray(jaxent.softmax(logits))[: len(images)]
 
 
 def fingerprint(params: Params) -> str:

@@ -450,5 +450,5 @@ def test_a_process_trains_in_plain_lines_where_stdout_is_no_terminal(splits, tmp
     assert configuration.startswith("configuration: dataset mnist, recipe default, dtype float32, seed 0, epochs 2, ")
     assert first.startswith("epoch  1/2   loss ")
     assert second.startswith("epoch  2/2   loss ")
-    assert re.fullmatch(r"final test accuracy \d+\.\d\d%   parameters [0-9a-f]{16}", final)
+    assert re.fullmatch(r"final test accuracy \d+\.\d\d%, over 9 views   parameters [0-9a-f]{16}", final)
     assert where == f"report in {tmp_path / 'run' / 'report'}"
