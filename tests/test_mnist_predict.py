@@ -1,5 +1,6 @@
 """The commands on pictures: what is made of them against MNIST's own images, what is printed, what is refused."""
 
+import json
 import re
 import shutil
 from contextlib import redirect_stdout
