@@ -25,7 +25,7 @@ class ClassAxis:
 
     def size(self, x: Array) -> int:
         """How many classes there are in all parts."""
-        return x.shape[self.index] * jax.lax.axis_size(self.names)
+        return x.shape[self.index] * (jax.lax.axis_size(self.names) if self.names else 1)
 
     def max(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
         """Largest entry of each row, with the axis kept; -inf if there are no classes."""
@@ -43,7 +43,7 @@ class ClassAxis:
     def argmax(self, x: Float[Array, "..."], m: Float[Array, "..."]) -> Integer[Array, "..."]:
         """The first class of each row that equals the row's maximum `m`."""
         classes = x.shape[self.index]
-        if classes <= FEW and not self.names and self.is_whole(x):
+        if 0 < classes <= FEW and not self.names and self.is_whole(x):
             return jnp.argmax(x, self.index)
         # Otherwise jnp.argmax is the slower one, and gathers a candidate of each part.
         position = jax.lax.broadcasted_iota(jnp.int32, x.shape, self.index)
@@ -94,8 +94,11 @@ class ClassAxis:
         return jax.lax.axis_index(self.names) * x.shape[self.index]
 
     def _gather(self, x: Array, index: Integer[Array, "..."], mode: str) -> Array:
-        entry = jnp.take_along_axis(x, jnp.expand_dims(index, self.index), self.index, mode=mode)
-        return jnp.squeeze(entry, self.index)
+        index, dtype = jnp.expand_dims(index, self.index), x.dtype
+        if dtype.itemsize == 2:  # XLA's CPU backend would convert all of x to float32 first
+            x = jax.lax.bitcast_convert_type(x, jnp.uint16)  # which "fill" fills with ones, the bits of a NaN
+        entry = jnp.squeeze(jnp.take_along_axis(x, index, self.index, mode=mode), self.index)
+        return jax.lax.bitcast_convert_type(entry, dtype)
 
 
 def one_hot(index: Integer[Array, "..."], shape: tuple[int, ...], axis: int) -> Bool[Array, "..."]:

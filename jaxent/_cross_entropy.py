@@ -1,6 +1,7 @@
 """Cross-entropy of logits, measured from the label's own class so that nothing cancels."""
 
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,17 +24,21 @@ from ._check import (
     check_where,
     normalize_axis,
 )
-from ._class_axis import ClassAxis
+from ._class_axis import FEW, ClassAxis
 from ._nll import expected_nll, read_labels, reduce_mean_of_all, reduce_weighted, scale_classes
 from ._softmax import (
     centred_tangent,
+    converted_apart,
     difference,
+    exp_minus_max,
     hide_classes,
+    is_half,
     log_near_one,
     log_softmax_core,
     logsumexp_core,
     softmax_core,
     sum_exp_except,
+    sum_exps,
     to_compute_dtype,
 )
 
@@ -122,7 +127,7 @@ def cross_entropy(
     )
 
 
-@partial(jax.jit, static_argnums=(4, 5, 6, 7, 8))
+@partial(jax.jit, static_argnums=(4, 5, 6, 7, 8, 9))
 def cross_entropy_core(
     logits: FloatArray,
     labels: LabelArray,
@@ -133,25 +138,30 @@ def cross_entropy_core(
     reduction: Reduction,
     label_smoothing: float,
     z_loss: float,
+    in_place: bool = False,
 ) -> Float[Array, "..."]:
-    """`cross_entropy` of checked arguments."""
-    x, keep, empty = hide_classes(to_compute_dtype(logits), where, axis)
+    """`cross_entropy` of checked arguments; `in_place` if the gradient is to overwrite the logits."""
+    narrow, keep, empty = hide_classes(jnp.asarray(logits), where, axis)
+    x = to_compute_dtype(narrow)
+    narrow = x if z_loss else narrow  # then too many would convert it apart
     loss_of_all = z_loss * logsumexp_core(x, axis) ** 2 if z_loss else None  # what no class weight touches
-    uniform = _uniform(label_smoothing, x, keep, axis) if label_smoothing else None
+    by_label = weight is None and where is None and jnp.issubdtype(labels.dtype, jnp.integer)
+    how = _How(label_smoothing if by_label else 0.0, in_place or z_loss > 0.0)
+    uniform = _uniform(label_smoothing, x, keep, axis) if label_smoothing and not by_label else None
 
     if jnp.issubdtype(labels.dtype, jnp.floating):
         q = jnp.asarray(labels, x.dtype)
         q = q if uniform is None else (1.0 - label_smoothing) * q + uniform
-        loss = expected_nll(log_softmax_core(x, axis), scale_classes(q, weight, axis), axis)
+        loss = expected_nll(log_softmax_core(narrow, axis), scale_classes(q, weight, axis), axis)
         loss = loss if loss_of_all is None else loss + loss_of_all
         loss = loss if empty is None else jnp.where(empty, jnp.inf, loss)
         return reduce_mean_of_all(loss, axis.size(x), reduction)
 
     target = read_labels(labels, axis.size(x), weight, ignore_index, x.dtype, axis.names)
-    loss = _label_loss(x, target.label, axis)
+    loss = _label_loss(narrow, target.label, axis, how)
     if uniform is not None:
         loss = (1.0 - label_smoothing) * loss
-        smooth = expected_nll(log_softmax_core(x, axis), scale_classes(uniform, weight, axis), axis)
+        smooth = expected_nll(log_softmax_core(narrow, axis), scale_classes(uniform, weight, axis), axis)
         loss_of_all = smooth if loss_of_all is None else smooth + loss_of_all
     if empty is not None:
         loss = jnp.where(empty, jnp.inf, loss)
@@ -170,53 +180,102 @@ def _uniform(
 # With the largest logit m, d = x_y - m and S = sum of exp(x_k - m) over the classes k other than the label y, the
 # loss is log(S + exp(d)) - d. Where the label is the largest class (d = 0) that is log1p(S), however small S is.
 # The gradient is p_k for the others and -S / (S + exp(d)) for the label: minus their sum, and never p_y - 1.
+#
+# Smoothing mixes in the mean of -log p_k over all classes. That is log(S + exp(d)) plus the mean of m - x_k, whose
+# terms have one sign, so nothing cancels there either.
 
 
-@partial(jax.custom_jvp, nondiff_argnums=(2,))
-def _label_loss(x: Float[Array, "..."], y: Integer[Array, "..."], axis: ClassAxis) -> Float[Array, "..."]:
-    """`-log p_y` of each example."""
-    return _loss_and_parts(x, y, axis)[0]
+class _How(NamedTuple):
+    """Which loss, and what its gradient may cost."""
+
+    smoothing: float  # the share of the loss that is the mean over all classes
+    in_place: bool  # whether the gradient does without another array of its size
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(2, 3))
+def _label_loss(x: Float[Array, "..."], y: Integer[Array, "..."], axis: ClassAxis, how: _How) -> Float[Array, "..."]:
+    """`-log p_y` of each example, or what smoothing makes of it."""
+    m = axis.max(converted_apart(x))
+    return _loss_of_parts(x, _parts(x, y, m, sum_exp_except(x, m, y, axis), axis), axis, how.smoothing)
 
 
 @_label_loss.defjvp
 def _label_loss_jvp(
-    axis: ClassAxis, primals: tuple[Array, Array], tangents: tuple[Array, Array]
+    axis: ClassAxis, how: _How, primals: tuple[Array, Array], tangents: tuple[Array, Array]
 ) -> tuple[Array, Array]:
-    loss, gradient = _loss_and_gradient(*primals, axis)
-    return loss, axis.sum(gradient * tangents[0])
+    loss, gradient = _loss_and_gradient(*primals, axis, how)
+    return loss, axis.sum(gradient * to_compute_dtype(tangents[0]))
 
 
-@partial(jax.custom_jvp, nondiff_argnums=(2,))
+@partial(jax.custom_jvp, nondiff_argnums=(2, 3))
 def _loss_and_gradient(
-    x: Float[Array, "..."], y: Integer[Array, "..."], axis: ClassAxis
+    x: Float[Array, "..."], y: Integer[Array, "..."], axis: ClassAxis, how: _How
 ) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
-    """`-log p_y` and its derivative `p - one_hot(y)`."""
-    loss, m, others, total = _loss_and_parts(x, y, axis)
+    """`-log p_y` and its derivative `p - one_hot(y)`, where smoothing leaves less of the label."""
+    m = axis.max(converted_apart(x))
     label = axis.one_hot(y, x)
-    e = jnp.where(label, 0.0, jnp.exp(x - m))  # what a short sum has written out already
-    inverse = 1.0 / jnp.expand_dims(total, axis.index)
-    p = jnp.where(x == m, inverse, e * inverse)  # see `difference`
-    return loss, jnp.where(label, -jnp.expand_dims(others, axis.index) * inverse, p)
+    if how.in_place or x.shape[axis.index] <= FEW:
+        others = sum_exp_except(x, m, y, axis)
+        e = jnp.where(label, 0.0, jnp.exp(to_compute_dtype(x) - m))
+    else:  # written out where the gradient will be, and summed there
+        e = jnp.where(label, 0.0, exp_minus_max(x, m, axis))
+        others = sum_exps(e, axis)
+    parts = _parts(x, y, m, others, axis)
+    others, at_label, total = (
+        jnp.expand_dims(value, axis.index) for value in (parts.others, parts.at_label, parts.total)
+    )
+    inverse = 1.0 / total
+    p = e * inverse if is_half(x) else jnp.where(x == m, inverse, e * inverse)  # see `difference`
+    of_label = -others * inverse
+    smoothing = how.smoothing
+    if smoothing:  # the share s: (1 - s) (p - 1) + s (p - 1 / C) of the label, and p - s / C of the others
+        uniform = smoothing / max(axis.size(x), 1)
+        of_label = (1.0 - smoothing) * of_label + (smoothing * at_label * inverse - uniform)
+        p = p - uniform
+    return _loss_of_parts(x, parts, axis, smoothing), jnp.where(label, of_label, p)
 
 
 @_loss_and_gradient.defjvp
 def _loss_and_gradient_jvp(
-    axis: ClassAxis, primals: tuple[Array, Array], tangents: tuple[Array, Array]
+    axis: ClassAxis, how: _How, primals: tuple[Array, Array], tangents: tuple[Array, Array]
 ) -> tuple[tuple[Array, Array], tuple[Array, Array]]:
-    loss, gradient = _loss_and_gradient(*primals, axis)
-    # The one-hot label is constant, so the gradient moves as softmax does.
-    p = softmax_core(primals[0], axis)
-    dp = p * centred_tangent(p, tangents[0], axis)
-    return (loss, gradient), (axis.sum(gradient * tangents[0]), dp)
+    loss, gradient = _loss_and_gradient(*primals, axis, how)
+    # The label is constant, smoothed or not, so the gradient moves as softmax does.
+    x, t = map(to_compute_dtype, (primals[0], tangents[0]))
+    p = softmax_core(x, axis)
+    dp = p * centred_tangent(p, t, axis)
+    return (loss, gradient), (axis.sum(gradient * t), dp)
 
 
-def _loss_and_parts(
-    x: Float[Array, "..."], y: Integer[Array, "..."], axis: ClassAxis
-) -> tuple[Float[Array, "..."], Float[Array, "..."], Float[Array, "..."], Float[Array, "..."]]:
-    """Loss, m, S and S + exp(d)."""
-    m = axis.max(x)
-    d = difference(axis.take(x, y), jnp.squeeze(m, axis.index))
-    others = sum_exp_except(x, m, y, axis)
+class _Parts(NamedTuple):
+    """What loss and gradient are made of, for each example."""
+
+    m: Float[Array, "..."]  # keeps the class axis
+    d: Float[Array, "..."]
+    others: Float[Array, "..."]  # S
+    at_label: Float[Array, "..."]  # exp(d)
+    total: Float[Array, "..."]  # S + exp(d)
+
+
+def _parts(
+    x: Float[Array, "..."],
+    y: Integer[Array, "..."],
+    m: Float[Array, "..."],
+    others: Float[Array, "..."],
+    axis: ClassAxis,
+) -> _Parts:
+    d = difference(to_compute_dtype(axis.take(x, y)), jnp.squeeze(m, axis.index))
     others = jnp.where(d < 0.0, jnp.maximum(others, 1.0), others)  # the largest class is among them
-    total = others + jnp.exp(d)
-    return jnp.where(d == 0.0, log_near_one(total, others), jnp.log(total) - d), m, others, total
+    at_label = jnp.exp(d)
+    return _Parts(m, d, others, at_label, others + at_label)
+
+
+def _loss_of_parts(x: Float[Array, "..."], parts: _Parts, axis: ClassAxis, smoothing: float) -> Float[Array, "..."]:
+    largest = parts.d == 0.0
+    log_total = jnp.where(largest, log_near_one(parts.total, parts.others), jnp.log(parts.total))
+    loss = jnp.where(largest, log_total, log_total - parts.d)
+    if not smoothing:
+        return loss
+    x = converted_apart(jax.lax.optimization_barrier(x))  # apart from the maximum's conversion, too
+    mean = log_total + axis.sum(parts.m - x) / max(axis.size(x), 1)
+    return (1.0 - smoothing) * loss + smoothing * mean

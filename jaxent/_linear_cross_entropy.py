@@ -528,6 +528,7 @@ def _losses_of_logits(
         "none",
         options.label_smoothing,
         options.z_loss,
+        in_place=True,
     )
 
 

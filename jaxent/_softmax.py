@@ -5,6 +5,8 @@ against the dominant class, so that `1 - p` of a class with p close to 1 is neve
 """
 
 from functools import partial
+from math import log
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -122,25 +124,20 @@ def _check(
 def _softmax(
     logits: FloatArray, where: BoolArray | None, axis: ClassAxis, dtype: DTypeLike | None
 ) -> Float[Array, "..."]:
-    x, out = _cast(logits, dtype)
-    x, keep, _ = hide_classes(x, where, axis)
-    p = softmax_core(x, axis)
-    return (p if keep is None else jnp.where(keep, p, 0.0)).astype(out)
+    x = jnp.asarray(logits, dtype)
+    wide, keep, _ = hide_classes(to_compute_dtype(x), where, axis)
+    p = softmax_core(wide, axis)
+    return (p if keep is None else jnp.where(keep, p, 0.0)).astype(x.dtype)
 
 
 @partial(jax.jit, static_argnums=(2, 3))
 def _log_softmax(
     logits: FloatArray, where: BoolArray | None, axis: ClassAxis, dtype: DTypeLike | None
 ) -> Float[Array, "..."]:
-    x, out = _cast(logits, dtype)
-    x, keep, _ = hide_classes(x, where, axis)
-    log_p = log_softmax_core(x, axis)
-    return (log_p if keep is None else jnp.where(keep, log_p, -jnp.inf)).astype(out)
-
-
-def _cast(logits: FloatArray, dtype: DTypeLike | None) -> tuple[Float[Array, "..."], jnp.dtype]:
     x = jnp.asarray(logits, dtype)
-    return to_compute_dtype(x), x.dtype
+    shown, keep, _ = hide_classes(x, where, axis)
+    log_p = log_softmax_core(shown, axis)
+    return (log_p if keep is None else jnp.where(keep, log_p, -jnp.inf)).astype(x.dtype)
 
 
 def to_compute_dtype(x: FloatArray) -> Float[Array, "..."]:
@@ -149,16 +146,27 @@ def to_compute_dtype(x: FloatArray) -> Float[Array, "..."]:
     return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
+def is_half(x: Array) -> bool:
+    """Whether `to_compute_dtype` changes the dtype of `x`."""
+    return x.dtype.itemsize < 4
+
+
+def converted_apart(x: Float[Array, "..."]) -> Float[Array, "..."]:
+    """`to_compute_dtype(x)` for one use. XLA's CPU backend would write out a conversion that several share."""
+    return to_compute_dtype(jax.lax.optimization_barrier(x)) if is_half(x) else x
+
+
 def hide_classes(
     x: Float[Array, "..."], where: BoolArray | None, axis: ClassAxis
 ) -> tuple[Float[Array, "..."], Bool[Array, "..."] | None, Bool[Array, "..."] | None]:
     """Logits with masked classes at -inf, the mask in full shape, and which rows have no class left.
 
-    Such empty rows become zeros here, so that nothing downstream meets a NaN; callers overwrite their results.
+    Masked logits are in the dtype that is computed in, others as they come. Empty rows become zeros here, so that
+    nothing downstream meets a NaN; callers overwrite their results.
     """
     if where is None:
         return x, None, None
-    keep = jnp.broadcast_to(jnp.asarray(where), x.shape)
+    x, keep = to_compute_dtype(x), jnp.broadcast_to(jnp.asarray(where), x.shape)
     empty = axis.sum(keep) == 0
     fill = jnp.where(jnp.expand_dims(empty, axis.index), 0.0, -jnp.inf).astype(x.dtype)
     return jnp.where(keep, x, fill), keep, empty
@@ -188,20 +196,63 @@ def _softmax_jvp(axis: ClassAxis, primals: tuple[Array], tangents: tuple[Array])
 
 @partial(jax.custom_jvp, nondiff_argnums=(1,))
 def log_softmax_core(x: Float[Array, "..."], axis: ClassAxis) -> Float[Array, "..."]:
-    """Log-softmax of float32 or float64 logits."""
-    if not x.shape[axis.index]:
-        return x
-    m = axis.max(x)
-    others = sum_exp_except(x, m, axis.argmax(x, m), axis)
-    log_sum = jnp.expand_dims(log_near_one(jax.lax.optimization_barrier(1.0 + others), others), axis.index)
-    d = difference(x, m)
-    return d - jnp.where(m == jnp.inf, jnp.nan, log_sum)  # softmax is undefined beside +inf
+    """Log-softmax in the dtype that is computed in."""
+    return _log_softmax_parts(x, axis).log_p
 
 
 @log_softmax_core.defjvp
 def _log_softmax_jvp(axis: ClassAxis, primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
-    p = softmax_core(primals[0], axis)
-    return log_softmax_core(primals[0], axis), centred_tangent(p, tangents[0], axis)
+    parts = _log_softmax_parts(primals[0], axis)
+    return parts.log_p, _log_softmax_tangent(primals[0], parts, to_compute_dtype(tangents[0]), axis)
+
+
+class _Parts(NamedTuple):
+    """What log_softmax and its derivative are made of."""
+
+    log_p: Float[Array, "..."]
+    p: Float[Array, "..."]
+    rest: Float[Array, "..."]  # the probability of all classes but the first largest; keeps the class axis
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(1,))
+def _log_softmax_parts(x: Float[Array, "..."], axis: ClassAxis) -> _Parts:
+    m = axis.max(converted_apart(x))
+    others = sum_exp_except(x, m, _first_largest(x, axis), axis)
+    total = jax.lax.optimization_barrier(1.0 + others)
+    log_total = log_near_one(total, others)
+    others, total, log_total = (jnp.expand_dims(value, axis.index) for value in (others, total, log_total))
+    log_total = jnp.where(m == jnp.inf, jnp.nan, log_total)  # softmax is undefined beside +inf
+    d = difference(to_compute_dtype(x), m)
+    return _Parts(d - log_total, jnp.exp(d) / total, others / total)  # p and rest round d alike, and sum to 1
+
+
+@_log_softmax_parts.defjvp
+def _log_softmax_parts_jvp(axis: ClassAxis, primals: tuple[Array], tangents: tuple[Array]) -> tuple[_Parts, _Parts]:
+    (x,), (t,) = primals, tangents
+    parts, t = _log_softmax_parts(x, axis), to_compute_dtype(t)
+    dp = parts.p * centred_tangent(parts.p, t, axis)
+    of_rest = axis.sum(jnp.where(_dominant(x, parts, axis), 0.0, dp), keepdims=True)
+    return parts, _Parts(_log_softmax_tangent(x, parts, t, axis), dp, of_rest)
+
+
+def _log_softmax_tangent(
+    x: Float[Array, "..."], parts: _Parts, t: Float[Array, "..."], axis: ClassAxis
+) -> Float[Array, "..."]:
+    """`centred_tangent` with sums of `t` alone, so that the transpose sums the cotangent alone, twice at once."""
+    dominant = _dominant(x, parts, axis)
+    own = axis.sum(jnp.where(dominant, t, 0.0), keepdims=True)
+    mean = axis.sum(parts.p * jnp.where(dominant, 0.0, t), keepdims=True) - parts.rest * own  # relative to `own`
+    return jnp.where(dominant, 0.0, t - own) - mean
+
+
+def _dominant(x: Float[Array, "..."], parts: _Parts, axis: ClassAxis) -> Bool[Array, "..."]:
+    """Mask of the class with more than half of the probability. By its index, since `p > 0.5` would write p out."""
+    return axis.one_hot(_first_largest(x, axis), x) & (parts.rest < 0.5)
+
+
+def _first_largest(x: Float[Array, "..."], axis: ClassAxis) -> Integer[Array, "..."]:
+    x = jax.lax.stop_gradient(converted_apart(x))
+    return axis.argmax(x, axis.max(x))
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(1,))
@@ -263,15 +314,22 @@ def _sum_exp_except(
     classes = x.shape[axis.index]
     if classes <= FEW and axis.is_whole(x):
         # Unrolled, XLA makes one pass over the rows of it, where a masked sum over the axis takes two.
-        largest, total = jnp.squeeze(m, axis.index), jnp.zeros(index.shape, x.dtype)
+        largest, total = jnp.squeeze(m, axis.index), jnp.zeros(index.shape, m.dtype)
         for k in range(classes):
-            e = jnp.exp(jax.lax.index_in_dim(x, k, axis.index, keepdims=False) - largest)
+            e = jnp.exp(to_compute_dtype(jax.lax.index_in_dim(x, k, axis.index, keepdims=False)) - largest)
             total += jnp.where(index == k, 0.0, e)
         return total
     block = _block_size(classes)
-    if block is None or axis.index != x.ndim - 1 or not axis.is_whole(x):
-        e = jnp.exp(x - m)
+    short = is_half(x) and classes <= 1024  # stays in the cache
+    if block is None or short or axis.index != x.ndim - 1 or not axis.is_whole(x):
+        e = exp_minus_max(x, m, axis)
         return jnp.sum(jnp.where(one_hot(index, x.shape, axis.index), 0.0, e), axis.index)
+    if is_half(x):
+        # Blocks would not be fused with the conversion, but a product is. Positions up to 2**24 are exact.
+        e = jnp.exp(to_compute_dtype(x) - m)
+        position = jax.lax.broadcasted_iota(m.dtype, x.shape, axis.index)
+        away = jnp.abs(position - jnp.expand_dims(index, axis.index).astype(m.dtype))
+        return jnp.sum(e * jnp.minimum(away, 1.0), axis.index)
     blocks = x.reshape(*x.shape[:-1], classes // block, block)
     sums = jnp.sum(jnp.exp(blocks - m[..., None]), -1)
     of_index = index // block
@@ -281,12 +339,38 @@ def _sum_exp_except(
     return rest + jnp.where((index >= 0) & (index < classes), own, 0.0)
 
 
+def sum_exps(e: Float[Array, "..."], axis: ClassAxis) -> Float[Array, "..."]:
+    """Sum of exponentials of at most 1 each, whatever fma makes of them (see `difference`)."""
+    block = _block_size(e.shape[axis.index])
+    if block is None or axis.index != e.ndim - 1 or not axis.is_whole(e):
+        return jnp.minimum(axis.sum(e), axis.size(e))
+    sums = jnp.sum(e.reshape(*e.shape[:-1], -1, block), -1)
+    return axis.total(jnp.sum(jnp.minimum(sums, block), -1))  # without the minimum, XLA makes one long sum of both
+
+
+def exp_minus_max(x: Float[Array, "..."], m: Float[Array, "..."], axis: ClassAxis) -> Float[Array, "..."]:
+    """`exp(x - m)`, to be written out.
+
+    XLA's CPU backend hands maximum and exponentials to one fast library call, unless the maximum has another user.
+    So this takes a maximum of its own, in a form that XLA does not recognise as the same. Half-precision logits are
+    better off without, since their conversion would be written out.
+    """
+    if is_half(x) or axis.names or not axis.is_whole(x):
+        return jnp.exp(to_compute_dtype(x) - m)
+    return jnp.exp(x + jnp.min(-x, axis.index, keepdims=True))
+
+
 def _block_size(classes: int) -> int | None:
     """How many classes to sum at a time, or None to sum them all at once.
 
     XLA's CPU backend vectorises a plain sum and not a masked one, so only the block that holds the class to leave out
-    is summed again under a mask. Blocks near the square root make the shortest sums, which round least.
+    is summed again under a mask. Blocks near the square root take the least time. It adds 9 to 39 blocks one by one,
+    which rounds by up to 10 units in the last place, but few do not matter and more are added in many partial sums.
     """
-    divisors = [b for b in range(16, 1025) if classes % b == 0]
-    whole_vectors = [b for b in divisors if b % 16 == 0]
-    return min(whole_vectors or divisors, key=lambda b: abs(b * b - classes)) if classes > 1000 and divisors else None
+    divisors = [b for b in range(16, min(classes, 1025)) if classes % b == 0 and not 8 < classes // b < 40]
+    whole_vectors = [b for b in divisors if b % 8 == 0]
+    return (
+        min(whole_vectors or divisors, key=lambda b: abs(log(b * b / classes)), default=None)
+        if classes > 200
+        else None
+    )
