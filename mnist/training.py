@@ -38,8 +38,9 @@ class State(NamedTuple):
     step: jax.Array
     loss: jax.Array  # summed over the steps of this epoch
     params: Params
+    statistics: Params  # that the network keeps of its batches
     optimizer: optax.OptState
-    average: Params  # of the parameters over the last steps: what predictions are made with
+    average: Params  # of parameters and statistics over the last steps: what predictions are made with
 
 
 class Output(NamedTuple):
@@ -138,16 +139,23 @@ def plan(examples: int, batch_size: int, devices: int = 1) -> tuple[int, int, in
 
 def initial(config: Config, optimizer: optax.GradientTransformation, mesh: Mesh) -> tuple[Model, State]:
     """Return the network without its parameters, and the state before the first step, on every device."""
-    model, params = nnx.split(Cnn(nnx.Rngs(config.seed), config.settings.width, config.dtype))
-    average = jax.tree.map(jnp.copy, params)  # of its own: a step may overwrite both
-    state = State(jnp.zeros((), jnp.int32), jnp.zeros(()), params, optimizer.init(params), average)
+    network = Cnn(nnx.Rngs(config.seed), config.settings.width, config.dtype)
+    model, params, statistics = nnx.split(network, nnx.Param, nnx.BatchStat)
+    average = jax.tree.map(jnp.copy, joined(params, statistics))  # of its own: a step may overwrite both
+    state = State(jnp.zeros((), jnp.int32), jnp.zeros(()), params, statistics, optimizer.init(params), average)
     return model, jax.device_put(state, whole(mesh))
+
+
+def joined(params: Params, statistics: Params) -> Params:
+    """Return all that the network needs for predictions, in one tree."""
+    return nnx.merge_state(params, statistics)
 
 
 def as_items(state: State) -> dict[str, Any]:
     """Return the trees that a checkpoint keeps, by name."""
     progress = {"step": state.step, "loss": state.loss}
-    return {"params": state.params, "optimizer": state.optimizer, "average": state.average, "progress": progress}
+    names = "params", "statistics", "optimizer", "average"
+    return {**{name: getattr(state, name) for name in names}, "progress": progress}
 
 
 @partial(jax.jit, static_argnums=(1, 2))
@@ -168,9 +176,9 @@ def make_run(
     the loss is the mean over the whole batch, and the compiler adds what the devices must tell each other.
     """
 
-    def loss_of(params: Params, images: jax.Array, labels: jax.Array, key: jax.Array) -> jax.Array:
-        logits = nnx.merge(model, params)(images, key)
-        return jaxent.cross_entropy(logits, labels)
+    def loss_of(params: Params, statistics: Params, images: jax.Array, labels: jax.Array, key: jax.Array) -> Any:
+        network = nnx.merge(model, params, statistics, copy=True)  # whose statistics it may change
+        return jaxent.cross_entropy(network(images, key), labels), nnx.state(network, nnx.BatchStat)
 
     @partial(jax.jit, donate_argnums=0, out_shardings=whole(mesh))
     def run(state: State, data: Data, indices: jax.Array, key: jax.Array, signals: jax.Array) -> tuple[State, Output]:
@@ -180,13 +188,14 @@ def make_run(
             batch = jax.lax.with_sharding_constraint(batch, divided(mesh, 0))
             augment_key, dropout_key = jax.random.split(jax.random.fold_in(key, state.step))
             inputs, targets = augmented(augment_key, images[batch]), labels[batch]
-            loss, grads = jax.value_and_grad(loss_of)(state.params, inputs, targets, dropout_key)
+            args = state.params, state.statistics, inputs, targets, dropout_key
+            (loss, statistics), grads = jax.value_and_grad(loss_of, has_aux=True)(*args)
             updates, optimizer_state = optimizer.update(grads, state.optimizer, state.params)
             params = optax.apply_updates(state.params, updates)
             decay = jnp.minimum(recipe.ema, (state.step + 1) / (state.step + 10))  # at first, forget sooner
-            average = optax.incremental_update(params, state.average, 1 - decay)
+            average = optax.incremental_update(joined(params, statistics), state.average, 1 - decay)
             total = jnp.where(state.step % epoch_steps == 0, 0, state.loss) + loss
-            return State(state.step + 1, total, params, optimizer_state, average), loss
+            return State(state.step + 1, total, params, statistics, optimizer_state, average), loss
 
         state, losses = jax.lax.scan(step, state, indices)
         return state, Output(state.step, losses, signals.max())

@@ -89,7 +89,8 @@ def rounded(initial):
     def moved(*args):
         model, state = initial(*args)
         params = jax.tree.map(move, state.params)
-        return model, state._replace(params=params, average=jax.tree.map(jnp.copy, params))
+        average = jax.tree.map(jnp.copy, training.joined(params, state.statistics))
+        return model, state._replace(params=params, average=average)
 
     return moved
 

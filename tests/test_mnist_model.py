@@ -1,4 +1,4 @@
-"""The network's own convolutions and pooling against XLA's."""
+"""The network against PyTorch's, and its own convolutions and pooling against XLA's."""
 
 from functools import partial
 
@@ -55,3 +55,65 @@ def test_the_parameters_are_float32_and_only_dropout_is_random(dtype):
     first, second = (model(images, jax.random.key(seed)) for seed in (0, 1))
     assert (first != second).any()
     np.testing.assert_array_equal(first, model(images, jax.random.key(0)))
+
+
+def torch_network(model):
+    """Return PyTorch's layers with the parameters of a network of width 8, without dropout."""
+    torch = pytest.importorskip("torch")
+    layers = torch.nn
+    twin = layers.Sequential(
+        layers.ZeroPad2d(1),
+        layers.Conv2d(1, 8, 4, 2, bias=False),
+        layers.BatchNorm2d(8),
+        layers.ReLU(),
+        layers.Conv2d(8, 16, 3, padding=1, bias=False),
+        layers.MaxPool2d(2),
+        layers.BatchNorm2d(16),
+        layers.ReLU(),
+        layers.Conv2d(16, 32, 3, padding=1, bias=False),
+        layers.BatchNorm2d(32),
+        layers.ReLU(),
+        layers.Flatten(),
+        layers.Linear(7 * 7 * 32, 128, bias=False),
+        layers.BatchNorm1d(128),
+        layers.ReLU(),
+        layers.Linear(128, 10),
+    )
+    matrices = [conv.linear.kernel[...] for conv in (model.conv1, model.conv2, model.conv3)]
+    kernels = [
+        jnp.moveaxis(matrix.reshape(size, size, inputs, outputs), (3, 2), (0, 1))
+        for matrix, (size, inputs, outputs) in zip(matrices, [(4, 1, 8), (3, 8, 16), (3, 16, 32)], strict=True)
+    ]
+    dense = model.dense.kernel[...].reshape(7, 7, 32, 128)
+    weights = [*kernels, jnp.moveaxis(dense, (3, 2), (0, 1)).reshape(128, -1), model.logits.kernel[...].T]
+    with torch.no_grad():
+        weighted = [layer for layer in twin if isinstance(layer, (layers.Conv2d, layers.Linear))]
+        for layer, weight in zip(weighted, weights, strict=True):
+            layer.weight.copy_(torch.tensor(np.asarray(weight)))
+        twin[-1].bias.copy_(torch.tensor(np.asarray(model.logits.bias[...])))
+        for layer, norm in zip([twin[i] for i in (2, 6, 9, 13)], model.norms, strict=True):
+            for name, value in {"weight": norm.scale, "bias": norm.bias}.items():
+                getattr(layer, name).copy_(torch.tensor(np.asarray(value[...])))
+            layer.running_mean.copy_(torch.tensor(np.asarray(norm.mean[...])))
+            layer.running_var.copy_(torch.tensor(np.asarray(norm.var[...])))
+    return twin
+
+
+def test_the_network_equals_torchs_layers():
+    torch = pytest.importorskip("torch")
+    model = Cnn(nnx.Rngs(0), 8)
+    rng = np.random.default_rng(0)
+    for norm in model.norms:
+        for value, low in ((norm.scale, 0.5), (norm.bias, -1), (norm.mean, -1), (norm.var, 0.5)):
+            value[...] = jnp.asarray(rng.uniform(low, 1.5, value.shape), jnp.float32)
+    model.dropout = nnx.Dropout(0.0)
+    twin = torch_network(model)
+    images = rng.integers(0, 256, (32, 28, 28, 1), np.uint8)
+    inputs = torch.tensor((images[..., 0][:, None].astype(np.float32) / 255 - 0.13) / 0.31)
+
+    np.testing.assert_allclose(model(images), twin.eval()(inputs).detach(), rtol=1e-4, atol=1e-4)
+    before = [np.asarray(norm.mean[...]) for norm in model.norms]
+    np.testing.assert_allclose(model(images, jax.random.key(0)), twin.train()(inputs).detach(), rtol=1e-3, atol=1e-3)
+    for norm, mean, layer in zip(model.norms, before, [twin[i] for i in (2, 6, 9, 13)], strict=True):
+        moved = (layer.running_mean.numpy() - mean) / 10  # torch's momentum is 0.1, the network's 0.01
+        np.testing.assert_allclose(norm.mean[...], mean + moved, rtol=1e-4, atol=1e-5)
