@@ -53,7 +53,7 @@ class Cnn(nnx.Module):
     """Maps images (N, 28, 28, 1) of bytes to logits (N, 10), computing in `dtype` with float32 parameters.
 
     Batch normalisation follows every layer but the last. In training it takes mean and variance of the whole batch,
-    on however many devices that lies, and keeps running averages of them for predictions.
+    on however many devices that lies, and stores them. Predictions take those that are stored; who trains averages.
     """
 
     def __init__(self, rngs: nnx.Rngs, width: int = 16, dtype: DTypeLike = jnp.float32) -> None:
@@ -62,7 +62,7 @@ class Cnn(nnx.Module):
         self.conv3 = Conv(2 * width, 4 * width, 3, 1, dtype, rngs)
         self.dense = linear(7 * 7 * 4 * width, 128, dtype, rngs)
         channels = width, 2 * width, 4 * width, 128
-        self.norms = nnx.List([nnx.BatchNorm(n, momentum=0.99, dtype=dtype, rngs=rngs) for n in channels])
+        self.norms = nnx.List([nnx.BatchNorm(n, momentum=0.0, dtype=dtype, rngs=rngs) for n in channels])
         self.dropout = nnx.Dropout(0.3)
         self.logits = nnx.Linear(128, 10, dtype=dtype, rngs=rngs)
 

@@ -38,9 +38,8 @@ class State(NamedTuple):
     step: jax.Array
     loss: jax.Array  # summed over the steps of this epoch
     params: Params
-    statistics: Params  # that the network keeps of its batches
     optimizer: optax.OptState
-    average: Params  # of parameters and statistics over the last steps: what predictions are made with
+    average: Params  # of parameters and batch statistics over the last steps: what predictions are made with
 
 
 class Output(NamedTuple):
@@ -142,7 +141,7 @@ def initial(config: Config, optimizer: optax.GradientTransformation, mesh: Mesh)
     network = Cnn(nnx.Rngs(config.seed), config.settings.width, config.dtype)
     model, params, statistics = nnx.split(network, nnx.Param, nnx.BatchStat)
     average = jax.tree.map(jnp.copy, joined(params, statistics))  # of its own: a step may overwrite both
-    state = State(jnp.zeros((), jnp.int32), jnp.zeros(()), params, statistics, optimizer.init(params), average)
+    state = State(jnp.zeros((), jnp.int32), jnp.zeros(()), params, optimizer.init(params), average)
     return model, jax.device_put(state, whole(mesh))
 
 
@@ -154,8 +153,7 @@ def joined(params: Params, statistics: Params) -> Params:
 def as_items(state: State) -> dict[str, Any]:
     """Return the trees that a checkpoint keeps, by name."""
     progress = {"step": state.step, "loss": state.loss}
-    names = "params", "statistics", "optimizer", "average"
-    return {**{name: getattr(state, name) for name in names}, "progress": progress}
+    return {"params": state.params, "optimizer": state.optimizer, "average": state.average, "progress": progress}
 
 
 @partial(jax.jit, static_argnums=(1, 2))
@@ -177,7 +175,7 @@ def make_run(
     """
 
     def loss_of(params: Params, statistics: Params, images: jax.Array, labels: jax.Array, key: jax.Array) -> Any:
-        network = nnx.merge(model, params, statistics, copy=True)  # whose statistics it may change
+        network = nnx.merge(model, params, statistics, copy=True)  # its statistics become the batch's
         return jaxent.cross_entropy(network(images, key), labels), nnx.state(network, nnx.BatchStat)
 
     @partial(jax.jit, donate_argnums=0, out_shardings=whole(mesh))
@@ -188,14 +186,14 @@ def make_run(
             batch = jax.lax.with_sharding_constraint(batch, divided(mesh, 0))
             augment_key, dropout_key = jax.random.split(jax.random.fold_in(key, state.step))
             inputs, targets = augmented(augment_key, images[batch]), labels[batch]
-            args = state.params, state.statistics, inputs, targets, dropout_key
+            args = state.params, nnx.filter_state(state.average, nnx.BatchStat), inputs, targets, dropout_key
             (loss, statistics), grads = jax.value_and_grad(loss_of, has_aux=True)(*args)
             updates, optimizer_state = optimizer.update(grads, state.optimizer, state.params)
             params = optax.apply_updates(state.params, updates)
             decay = jnp.minimum(recipe.ema, (state.step + 1) / (state.step + 10))  # at first, forget sooner
             average = optax.incremental_update(joined(params, statistics), state.average, 1 - decay)
             total = jnp.where(state.step % epoch_steps == 0, 0, state.loss) + loss
-            return State(state.step + 1, total, params, statistics, optimizer_state, average), loss
+            return State(state.step + 1, total, params, optimizer_state, average), loss
 
         state, losses = jax.lax.scan(step, state, indices)
         return state, Output(state.step, losses, signals.max())
