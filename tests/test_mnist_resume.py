@@ -197,7 +197,7 @@ def test_the_configuration_and_the_weights_can_be_read_back(uninterrupted):
     assert training.fingerprint(params) == expected["fingerprint"]
     test = splits()["test"]
     network, _ = nnx.split(Cnn(nnx.Rngs(0), config.settings.width))
-    predicted = np.argmax(nnx.merge(network, params)(test.images), -1)
+    predicted = np.asarray(nnx.merge(network, params)(test.images)).argmax(-1)
     assert np.mean(predicted == test.labels) == json.loads(metrics(workdir).splitlines()[-1])["test_accuracy"]
     assert contents(workdir) == before
 
