@@ -154,7 +154,7 @@ def check_labels(
             f"labels of dtype {labels.dtype} are class indices and must have the shape {expected}, "
             f"{name}'s {shape} without its class axis {axis.index}, got shape {labels.shape}"
         )
-    _check_range(labels, shape[axis.index] * (jax.lax.axis_size(axis.names) if axis.names else 1), ignore_index)
+    _check_range(labels, shape[axis.index] * axis.named_parts(), ignore_index)
     return True
 
 
@@ -164,9 +164,10 @@ def _check_range(labels: LabelArray, classes: int, ignore_index: int | None) -> 
         return
     # numpy, not jnp: under an outer trace jnp would trace even a concrete array.
     values = np.asarray(labels)
-    unsigned = values.view(f"{values.dtype.byteorder}u{values.itemsize}")  # in which the negative ones are huge
-    if np.maximum.reduce(unsigned, axis=None, initial=0) < classes:
-        return
+    if values.dtype.kind in "iu":  # not JAX's int4, which leaves half of a byte unused
+        unsigned = values.view(f"{values.dtype.byteorder}u{values.itemsize}")  # in which the negative ones are huge
+        if np.maximum.reduce(unsigned, axis=None, initial=0) < classes:
+            return
     wrong = (values < 0) | (values >= classes)
     if ignore_index is not None:
         wrong &= values != ignore_index

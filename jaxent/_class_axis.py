@@ -25,7 +25,11 @@ class ClassAxis:
 
     def size(self, x: Array) -> int:
         """How many classes there are in all parts."""
-        return x.shape[self.index] * (jax.lax.axis_size(self.names) if self.names else 1)
+        return x.shape[self.index] * self.named_parts()
+
+    def named_parts(self) -> int:
+        """Into how many parts `names` split the classes."""
+        return jax.lax.axis_size(self.names) if self.names else 1  # itself a microsecond outside of jit
 
     def max(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
         """Largest entry of each row, with the axis kept; -inf if there are no classes."""
