@@ -17,7 +17,7 @@ import jax
 import orbax.checkpoint as ocp
 from flax import nnx
 
-from mnist.model import Cnn
+from mnist.model import make_network
 from mnist.terminal import say
 from mnist.workdir import History, Tree, WorkdirError, sha256, stored_config
 
@@ -112,8 +112,8 @@ def no_aftermath() -> Generator[None]:
 
 def restore_params(workdir: Path) -> Tree:
     """Return the weights to predict with, of the newest whole checkpoint."""
-    width = stored_config(workdir).settings.width
-    _, abstract = nnx.split(nnx.eval_shape(lambda: Cnn(nnx.Rngs(0), width)))
+    config = stored_config(workdir)
+    _, abstract = nnx.split(nnx.eval_shape(lambda: make_network(config)))
     here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
 
     def placed(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 import jaxent
 from mnist.config import Config
 from mnist.devices import divided, make_mesh, whole
-from mnist.model import Cnn
+from mnist.model import Committee, make_network
 
 AT_ONCE = 500  # images
 VIEWS = [(down, right) for down in (1, 0, 2) for right in (1, 0, 2)]  # of an image with a margin of 1: itself first
@@ -29,7 +29,7 @@ def in_blocks(images: NDArray[np.uint8], mesh: Mesh) -> jax.Array:
 
 
 @partial(jax.jit, static_argnums=(0, 1))
-def logits_of(model: nnx.GraphDef[Cnn], mesh: Mesh, params: Any, blocks: jax.Array) -> jax.Array:
+def logits_of(model: nnx.GraphDef[Committee], mesh: Mesh, params: Any, blocks: jax.Array) -> jax.Array:
     """Return the logits (N, 10) of all images, on every device."""
     logits = jax.lax.map(nnx.merge(model, params), blocks)
     return jax.lax.with_sharding_constraint(logits.reshape(-1, logits.shape[-1]).astype(jnp.float32), whole(mesh))
@@ -48,7 +48,7 @@ def probabilities(config: Config, params: Any, images: NDArray[np.uint8]) -> NDA
     digit lies says nothing of what it is, and what the network makes of it nevertheless averages out.
     """
     mesh = make_mesh()
-    model, _ = nnx.split(Cnn(nnx.Rngs(0), config.settings.width, config.dtype))
+    model, _ = nnx.split(make_network(config))
     params = jax.device_put(params, whole(mesh))
     height, width = images.shape[1:3]
     padded = np.pad(images, ((0, 0), (1, 1), (1, 1), (0, 0)))

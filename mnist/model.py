@@ -1,45 +1,68 @@
-"""The network: three convolutions that shrink the image early, where the time goes, and two dense layers."""
+"""The networks: convolutions that shrink the image early, where the time goes, one after the other."""
 
+from collections.abc import Sequence
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
+import jaxent
+from mnist.config import Config
+
+
+class Layer(NamedTuple):
+    """A convolution, and what it makes of the image's extent."""
+
+    channels: int
+    size: int = 3  # of the kernel
+    stride: int = 1
+    padding: str = "SAME"  # or "VALID", without any
+    pooled: bool = False  # height and width are halved
+
+
+SMALL = Layer(16, 4, stride=2), Layer(32, pooled=True), Layer(64), Layer(128, 7, padding="VALID")
+WIDE = Layer(32, 4, stride=2), Layer(64, pooled=True), Layer(128), Layer(128, 7, padding="VALID")
+DEEP = *WIDE[:3], Layer(128, padding="VALID"), Layer(128, padding="VALID")
+FINE = Layer(32, 4, stride=2), Layer(32), Layer(64, pooled=True), Layer(96), Layer(128, padding="VALID")
+NETWORKS = {"small": (SMALL,), "three": (WIDE, DEEP, FINE)}  # those that learn and predict together
+
 
 class Conv(nnx.Module):
-    """A convolution, padded with zeros and seen at every `stride`-th pixel, as one matrix product over patches.
+    """A layer, its convolution as one matrix product over patches.
 
     On a CPU this trains several times faster than `jax.lax.conv`, whose gradients XLA runs slowly there. It adds no
     bias: what follows normalises.
     """
 
-    def __init__(self, inputs: int, outputs: int, size: int, stride: int, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
-        self.size, self.stride = size, stride
-        self.linear = linear(size * size * inputs, outputs, dtype, rngs)
+    def __init__(self, inputs: int, layer: Layer, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
+        self.size, self.stride, self.padding, self.pooled = layer.size, layer.stride, layer.padding, layer.pooled
+        linear = partial(nnx.Linear, use_bias=False, dtype=dtype, kernel_init=nnx.initializers.he_normal(), rngs=rngs)
+        self.linear = linear(layer.size**2 * inputs, layer.channels)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Map (N, H, W, inputs) to (N, ⌈H / stride⌉, ⌈W / stride⌉, outputs)."""
-        return self.linear(patches(x, self.size, self.stride))
+        """Map (N, H, W, inputs) to (N, rows, columns, channels)."""
+        x = self.linear(patches(x, self.size, self.stride, self.padding))
+        return max_pool(x) if self.pooled else x
 
 
-def linear(inputs: int, outputs: int, dtype: DTypeLike, rngs: nnx.Rngs) -> nnx.Linear:
-    """Return a matrix product for what is normalised and rectified next."""
-    he_normal = nnx.initializers.he_normal()
-    return nnx.Linear(inputs, outputs, use_bias=False, dtype=dtype, kernel_init=he_normal, rngs=rngs)
-
-
-def patches(x: jax.Array, size: int, stride: int) -> jax.Array:
-    """Return what a convolution's kernel sees at every position, (N, ⌈H / stride⌉, ⌈W / stride⌉, size² C)."""
-    _, height, width, channels = x.shape
+def patches(x: jax.Array, size: int, stride: int, padding: str = "SAME") -> jax.Array:
+    """Return what a convolution's kernel sees at every position, (N, rows, columns, size² C)."""
+    if padding == "SAME":
+        margins = [(extent - 1) // stride * stride + size - extent for extent in x.shape[1:3]]
+        x = jnp.pad(x, ((0, 0), *((margin // 2, margin - margin // 2) for margin in margins), (0, 0)))
+    count, height, width, channels = x.shape
+    if height == width == size:
+        return x.reshape(count, 1, 1, -1)
     if channels == 1:  # few enough for XLA's convolution, forward only, to be the fastest way
         dimensions = ("NHWC", "HWIO", "NHWC")
-        return jax.lax.conv_general_dilated_patches(x, [size] * 2, [stride] * 2, "SAME", dimension_numbers=dimensions)
-    margins = [((extent - 1) // stride * stride + size - extent) for extent in (height, width)]
-    x = jnp.pad(x, ((0, 0), *((margin // 2, margin - margin // 2) for margin in margins), (0, 0)))
+        return jax.lax.conv_general_dilated_patches(
+            x, [size] * 2, [stride] * 2, "VALID", dimension_numbers=dimensions
+        )
     offsets = [(i, j) for i in range(size) for j in range(size)]
-    shifts = [x[:, i : i + height : stride, j : j + width : stride] for i, j in offsets]
+    shifts = [x[:, i : i + height - size + 1 : stride, j : j + width - size + 1 : stride] for i, j in offsets]
     return jnp.concatenate(shifts, axis=-1)
 
 
@@ -52,28 +75,52 @@ def max_pool(x: jax.Array) -> jax.Array:
 class Cnn(nnx.Module):
     """Maps images (N, 28, 28, 1) of bytes to logits (N, 10), computing in `dtype` with float32 parameters.
 
-    Batch normalisation follows every layer but the last. In training it takes mean and variance of the whole batch,
-    on however many devices that lies, and stores them. Predictions take those that are stored; who trains averages.
+    Batch normalisation follows every convolution. In training it takes mean and variance of the whole batch, on
+    however many devices that lies, and stores them. Predictions take those that are stored; who trains averages.
     """
 
-    def __init__(self, rngs: nnx.Rngs, width: int = 16, dtype: DTypeLike = jnp.float32) -> None:
-        self.conv1 = Conv(1, width, 4, 2, dtype, rngs)
-        self.conv2 = Conv(width, 2 * width, 3, 1, dtype, rngs)
-        self.conv3 = Conv(2 * width, 4 * width, 3, 1, dtype, rngs)
-        self.dense = linear(7 * 7 * 4 * width, 128, dtype, rngs)
-        channels = width, 2 * width, 4 * width, 128
-        self.norms = nnx.List([nnx.BatchNorm(n, momentum=0.0, dtype=dtype, rngs=rngs) for n in channels])
+    def __init__(self, rngs: nnx.Rngs, layers: Sequence[Layer] = SMALL, dtype: DTypeLike = jnp.float32) -> None:
+        channels = [1, *(layer.channels for layer in layers)]
+        self.convs = nnx.List([Conv(n, layer, dtype, rngs) for n, layer in zip(channels, layers, strict=False)])
+        self.norms = nnx.List([nnx.BatchNorm(n, momentum=0.0, dtype=dtype, rngs=rngs) for n in channels[1:]])
         self.dropout = nnx.Dropout(0.3)
-        self.logits = nnx.Linear(128, 10, dtype=dtype, rngs=rngs)
+        (features,) = nnx.eval_shape(lambda: self.features(jnp.zeros((1, 28, 28, 1)), training=False)).shape[1:]
+        self.logits = nnx.Linear(features, 10, dtype=dtype, rngs=rngs)
 
     def __call__(self, images: jax.Array, dropout_key: jax.Array | None = None) -> jax.Array:
         """Return the logits; with a key, as in training: with dropout, and normalised by the batch."""
         training = dropout_key is not None
-        norm1, norm2, norm3, norm4 = (partial(norm, use_running_average=not training) for norm in self.norms)
         x = (images.astype(jnp.float32) / 255 - 0.13) / 0.31  # mean and deviation of the training pixels
-        x = nnx.relu(norm1(self.conv1(x)))
-        x = nnx.relu(norm2(max_pool(self.conv2(x))))
-        x = nnx.relu(norm3(self.conv3(x)))
-        x = nnx.relu(norm4(self.dense(x.reshape(len(x), -1))))
-        x = self.dropout(x, deterministic=not training, rngs=dropout_key)
+        x = self.dropout(self.features(x, training), deterministic=not training, rngs=dropout_key)
         return self.logits(x)
+
+    def features(self, x: jax.Array, training: bool) -> jax.Array:
+        """Return what the convolutions make of images, as one row each."""
+        for conv, norm in zip(self.convs, self.norms, strict=True):
+            x = nnx.relu(norm(conv(x), use_running_average=not training))
+        return x.reshape(len(x), -1)
+
+
+class Committee(nnx.Module):
+    """Networks that learn the same from the same images, each for itself, and predict together."""
+
+    def __init__(
+        self, rngs: nnx.Rngs, members: Sequence[Sequence[Layer]] = (SMALL,), dtype: DTypeLike = jnp.float32
+    ) -> None:
+        self.members = nnx.List([Cnn(rngs, layers, dtype) for layers in members])
+
+    def __call__(self, images: jax.Array, dropout_key: jax.Array | None = None) -> jax.Array:
+        """Return the logits (N, 10) of the mean of the members' probabilities.
+
+        With a key, as in training, return the logits of each member, (members, N, 10).
+        """
+        logits = jnp.stack([member(images, dropout_key) for member in self.members])
+        if dropout_key is not None:
+            return logits
+        log_p = jaxent.log_softmax(logits.astype(jnp.float32))
+        return jax.nn.logsumexp(log_p, axis=0) - jnp.log(len(log_p))
+
+
+def make_network(config: Config) -> Committee:
+    """Return the network before training, as the run's configuration wants it."""
+    return Committee(nnx.Rngs(config.seed), NETWORKS[config.settings.network], config.dtype)

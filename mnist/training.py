@@ -20,7 +20,7 @@ from mnist.config import Config, ConfigError
 from mnist.devices import divided, make_mesh, spread, whole
 from mnist.evaluation import in_blocks, logits_of, scores
 from mnist.idx import Splits
-from mnist.model import Cnn
+from mnist.model import Committee, make_network
 from mnist.recipes import Recipe, make_optimizer
 from mnist.terminal import heard, progress_bar, say
 from mnist.workdir import History, NotFiniteError, StoppedError, claim, sha256, write_metrics
@@ -28,7 +28,7 @@ from mnist.workdir import History, NotFiniteError, StoppedError, claim, sha256, 
 LONGEST_DISPATCH = 64  # steps; the progress bar moves, and signals are heard, between dispatches
 
 Params = Any  # a tree of arrays, as nnx.split makes it
-Model = nnx.GraphDef[Cnn]
+Model = nnx.GraphDef[Committee]
 Data = tuple[jax.Array, jax.Array]  # images and labels
 
 
@@ -138,8 +138,7 @@ def plan(examples: int, batch_size: int, devices: int = 1) -> tuple[int, int, in
 
 def initial(config: Config, optimizer: optax.GradientTransformation, mesh: Mesh) -> tuple[Model, State]:
     """Return the network without its parameters, and the state before the first step, on every device."""
-    network = Cnn(nnx.Rngs(config.seed), config.settings.width, config.dtype)
-    model, params, statistics = nnx.split(network, nnx.Param, nnx.BatchStat)
+    model, params, statistics = nnx.split(make_network(config), nnx.Param, nnx.BatchStat)
     average = jax.tree.map(jnp.copy, joined(params, statistics))  # of its own: a step may overwrite both
     state = State(jnp.zeros((), jnp.int32), jnp.zeros(()), params, optimizer.init(params), average)
     return model, jax.device_put(state, whole(mesh))
@@ -176,7 +175,8 @@ def make_run(
 
     def loss_of(params: Params, statistics: Params, images: jax.Array, labels: jax.Array, key: jax.Array) -> Any:
         network = nnx.merge(model, params, statistics, copy=True)  # its statistics become the batch's
-        return jaxent.cross_entropy(network(images, key), labels), nnx.state(network, nnx.BatchStat)
+        losses = jax.vmap(jaxent.cross_entropy, in_axes=(0, None))(network(images, key), labels)  # of the members
+        return losses.mean(), nnx.state(network, nnx.BatchStat)
 
     @partial(jax.jit, donate_argnums=0, out_shardings=whole(mesh))
     def run(state: State, data: Data, indices: jax.Array, key: jax.Array, signals: jax.Array) -> tuple[State, Output]:

@@ -22,7 +22,7 @@ from flax import nnx
 
 from mnist import checkpoints, devices, training
 from mnist.config import Config, ConfigError
-from mnist.model import Cnn
+from mnist.model import make_network
 
 HERE = Path(__file__).parent
 RUN = {"epochs": 2, "batch_size": 40}  # of 12 steps each
@@ -150,7 +150,7 @@ def test_bfloat16_computes_with_float32_parameters(tmp_path, alone):
 
 
 def forward(config: Config, params: object) -> jax.Array:
-    model, _ = nnx.split(Cnn(nnx.Rngs(0), config.settings.width, config.dtype))
+    model, _ = nnx.split(make_network(config))
     return nnx.merge(model, params)(stripes(10, 0).images)
 
 

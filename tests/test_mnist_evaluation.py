@@ -13,12 +13,12 @@ from flax import nnx
 from mnist import data
 from mnist.config import Config
 from mnist.evaluation import probabilities
-from mnist.model import Cnn
+from mnist.model import Committee
 
 
 def test_probabilities_are_the_mean_over_nine_views():
     images = data.load(data.SAMPLE)["test"].images[:7]
-    network = Cnn(nnx.Rngs(2))
+    network = Committee(nnx.Rngs(2))
     _, params = nnx.split(network)
     moved = [(0, i, j, 0) for i in (-1, 0, 1) for j in (-1, 0, 1)]
     views = [scipy.ndimage.shift(images, shift, order=0, mode="constant") for shift in moved]

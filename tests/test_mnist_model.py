@@ -1,17 +1,19 @@
 """The network against PyTorch's, and its own convolutions and pooling against XLA's."""
 
+import math
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.special
 
 pytest.importorskip("flax")
 
 from flax import nnx
 
-from mnist.model import Cnn, max_pool, patches
+from mnist.model import DEEP, NETWORKS, SMALL, Cnn, Committee, max_pool, patches
 
 
 @pytest.mark.parametrize("channels", [1, 5])
@@ -46,7 +48,7 @@ def test_pooling_equals_reduce_window():
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_parameters_are_float32_and_only_dropout_is_random(dtype):
-    model = Cnn(nnx.Rngs(0), 8, dtype)
+    model = Cnn(nnx.Rngs(0), SMALL, dtype)
     assert {leaf.dtype for leaf in jax.tree.leaves(nnx.state(model))} == {jnp.dtype("float32")}
     images = np.random.default_rng(0).integers(0, 256, (4, 28, 28, 1), np.uint8)
     logits = model(images)
@@ -57,68 +59,75 @@ def test_the_parameters_are_float32_and_only_dropout_is_random(dtype):
     np.testing.assert_array_equal(first, model(images, jax.random.key(0)))
 
 
-COUNTS = 32 * 14 * 14, 32 * 7 * 7, 32 * 7 * 7, 32  # values that each normalisation of 32 images averages
-
-
-def torch_network(model):
-    """Return PyTorch's layers with the parameters of a network of width 8, without dropout."""
+def torch_network(model, layers):
+    """Return PyTorch's layers with the parameters of a network, without dropout."""
     torch = pytest.importorskip("torch")
-    layers = torch.nn
-    twin = layers.Sequential(
-        layers.ZeroPad2d(1),
-        layers.Conv2d(1, 8, 4, 2, bias=False),
-        layers.BatchNorm2d(8),
-        layers.ReLU(),
-        layers.Conv2d(8, 16, 3, padding=1, bias=False),
-        layers.MaxPool2d(2),
-        layers.BatchNorm2d(16),
-        layers.ReLU(),
-        layers.Conv2d(16, 32, 3, padding=1, bias=False),
-        layers.BatchNorm2d(32),
-        layers.ReLU(),
-        layers.Flatten(),
-        layers.Linear(7 * 7 * 32, 128, bias=False),
-        layers.BatchNorm1d(128),
-        layers.ReLU(),
-        layers.Linear(128, 10),
-    )
-    matrices = [conv.linear.kernel[...] for conv in (model.conv1, model.conv2, model.conv3)]
-    kernels = [
-        jnp.moveaxis(matrix.reshape(size, size, inputs, outputs), (3, 2), (0, 1))
-        for matrix, (size, inputs, outputs) in zip(matrices, [(4, 1, 8), (3, 8, 16), (3, 16, 32)], strict=True)
-    ]
-    dense = model.dense.kernel[...].reshape(7, 7, 32, 128)
-    weights = [*kernels, jnp.moveaxis(dense, (3, 2), (0, 1)).reshape(128, -1), model.logits.kernel[...].T]
+    parts, inputs = [], 1
+    for layer, conv, norm in zip(layers, model.convs, model.norms, strict=True):
+        padding = (layer.size - layer.stride) // 2 if layer.padding == "SAME" else 0
+        parts.append(torch.nn.Conv2d(inputs, layer.channels, layer.size, layer.stride, padding, bias=False))
+        matrix = conv.linear.kernel[...].reshape(layer.size, layer.size, inputs, layer.channels)
+        set_to(parts[-1].weight, jnp.moveaxis(matrix, (3, 2), (0, 1)))
+        parts += [torch.nn.MaxPool2d(2)] * layer.pooled
+        parts += [torch.nn.BatchNorm2d(layer.channels, momentum=1.0), torch.nn.ReLU()]  # it keeps the last batch's
+        for name, value in {"weight": norm.scale, "bias": norm.bias, "running_mean": norm.mean}.items():
+            set_to(getattr(parts[-2], name), value[...])
+        set_to(parts[-2].running_var, norm.var[...])
+        inputs = layer.channels
+    features, classes = model.logits.kernel.shape
+    parts += [torch.nn.Flatten(), torch.nn.Linear(features, classes)]
+    side = math.isqrt(features // inputs)
+    kernel = model.logits.kernel[...].reshape(side, side, inputs, classes)
+    set_to(parts[-1].weight, jnp.moveaxis(kernel, (3, 2), (0, 1)).reshape(classes, -1))
+    set_to(parts[-1].bias, model.logits.bias[...])
+    return torch.nn.Sequential(*parts)
+
+
+def set_to(tensor, array):
+    torch = pytest.importorskip("torch")
     with torch.no_grad():
-        weighted = [layer for layer in twin if isinstance(layer, (layers.Conv2d, layers.Linear))]
-        for layer, weight in zip(weighted, weights, strict=True):
-            layer.weight.copy_(torch.tensor(np.asarray(weight)))
-        twin[-1].bias.copy_(torch.tensor(np.asarray(model.logits.bias[...])))
-        for layer, norm in zip([twin[i] for i in (2, 6, 9, 13)], model.norms, strict=True):
-            for name, value in {"weight": norm.scale, "bias": norm.bias}.items():
-                getattr(layer, name).copy_(torch.tensor(np.asarray(value[...])))
-            layer.running_mean.copy_(torch.tensor(np.asarray(norm.mean[...])))
-            layer.running_var.copy_(torch.tensor(np.asarray(norm.var[...])))
-    return twin
+        tensor.copy_(torch.tensor(np.asarray(array)))
 
 
-def test_the_network_equals_torchs_layers():
+@pytest.mark.parametrize("layers", [layers for members in NETWORKS.values() for layers in members])
+def test_the_network_equals_torchs_layers(layers):
     torch = pytest.importorskip("torch")
-    model = Cnn(nnx.Rngs(0), 8)
+    model = Cnn(nnx.Rngs(0), layers)
     rng = np.random.default_rng(0)
     for norm in model.norms:
         for value, low in ((norm.scale, 0.5), (norm.bias, -1), (norm.mean, -1), (norm.var, 0.5)):
             value[...] = jnp.asarray(rng.uniform(low, 1.5, value.shape), jnp.float32)
     model.dropout = nnx.Dropout(0.0)
-    twin = torch_network(model)
+    twin = torch_network(model, layers)
     images = rng.integers(0, 256, (32, 28, 28, 1), np.uint8)
     inputs = torch.tensor((images[..., 0][:, None].astype(np.float32) / 255 - 0.13) / 0.31)
 
     np.testing.assert_allclose(model(images), twin.eval()(inputs).detach(), rtol=1e-4, atol=1e-4)
-    for layer in twin:
-        layer.momentum = 1.0  # the last batch's statistics are kept, as the network does
     np.testing.assert_allclose(model(images, jax.random.key(0)), twin.train()(inputs).detach(), rtol=1e-3, atol=1e-3)
-    for norm, layer, count in zip(model.norms, [twin[i] for i in (2, 6, 9, 13)], COUNTS, strict=True):
-        np.testing.assert_allclose(norm.mean[...], layer.running_mean, rtol=1e-4, atol=1e-5)
-        variance = layer.running_var * (count - 1) / count  # torch keeps an estimate without bias
+    norms = [part for part in twin if isinstance(part, torch.nn.BatchNorm2d)]
+    for norm, part, extent in zip(model.norms, norms, extents(layers), strict=True):
+        np.testing.assert_allclose(norm.mean[...], part.running_mean, rtol=1e-4, atol=1e-5)
+        count = 32 * extent**2
+        variance = part.running_var * (count - 1) / count  # torch keeps an estimate without bias
         np.testing.assert_allclose(norm.var[...], variance, rtol=1e-4)
+
+
+def extents(layers, extent=28):
+    """Yield the images' height after each layer."""
+    for layer in layers:
+        extent = extent // layer.stride if layer.padding == "SAME" else extent - layer.size + 1
+        extent //= 1 + layer.pooled
+        yield extent
+
+
+def test_a_committee_learns_apart_and_predicts_together():
+    committee = Committee(nnx.Rngs(0), [SMALL, SMALL, DEEP])
+    images = np.random.default_rng(0).integers(0, 256, (4, 28, 28, 1), np.uint8)
+    each = np.stack([member(images) for member in committee.members])
+    assert (each[0] != each[1]).any()
+    assert (each[1] != each[2]).any()
+    p = scipy.special.softmax(each.astype(np.float64), axis=-1).mean(axis=0)
+    np.testing.assert_allclose(committee(images), np.log(p), rtol=1e-5, atol=1e-5)
+    key = jax.random.key(0)
+    each = np.stack([member(images, key) for member in committee.members])
+    np.testing.assert_array_equal(committee(images, key), each)

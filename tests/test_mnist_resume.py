@@ -25,7 +25,7 @@ from flax import nnx
 from mnist import checkpoints, training
 from mnist.config import Config
 from mnist.idx import Digits
-from mnist.model import Cnn
+from mnist.model import make_network
 from mnist.workdir import WorkdirError
 
 HERE = Path(__file__).parent
@@ -196,7 +196,7 @@ def test_the_configuration_and_the_weights_can_be_read_back(uninterrupted):
     params = checkpoints.restore_params(workdir)
     assert training.fingerprint(params) == expected["fingerprint"]
     test = splits()["test"]
-    network, _ = nnx.split(Cnn(nnx.Rngs(0), config.settings.width))
+    network, _ = nnx.split(make_network(config))
     predicted = np.asarray(nnx.merge(network, params)(test.images)).argmax(-1)
     assert np.mean(predicted == test.labels) == json.loads(metrics(workdir).splitlines()[-1])["test_accuracy"]
     assert contents(workdir) == before

@@ -17,7 +17,7 @@ from mnist import data, training
 from mnist.augment import augmented
 from mnist.config import Config
 from mnist.idx import Digits
-from mnist.model import Cnn
+from mnist.model import DEEP, NETWORKS, SMALL, Committee
 from mnist.recipes import make_optimizer
 
 
@@ -37,15 +37,17 @@ def test_two_runs_with_one_seed_end_with_the_same_bits(tmp_path, capsys):
     assert [line.split()[0] for line in out.splitlines()] == ["configuration:", "epoch", "epoch"]
 
 
-def test_a_run_equals_a_plain_loop(tmp_path):
+@pytest.mark.parametrize("members", [[SMALL], [SMALL, DEEP]])
+def test_a_run_equals_a_plain_loop(members, tmp_path, monkeypatch):
     """A step at a time, by an nnx.Optimizer and optax's loss, without scan, dispatches and merged trees."""
+    monkeypatch.setitem(NETWORKS, "small", members)
     sample = data.load(data.SAMPLE)
     few = {split: Digits(digits.images[:100], digits.labels[:100]) for split, digits in sample.items()}
     config = Config(workdir=tmp_path / "run", epochs=2, batch_size=25, seed=3)
     result = training.train(config, few)
 
     recipe, images, labels = config.settings, *map(jnp.asarray, few["train"])
-    network = Cnn(nnx.Rngs(config.seed), recipe.width)
+    network = Committee(nnx.Rngs(config.seed), members)
     optimizer = nnx.Optimizer(network, make_optimizer(recipe, steps := 8), wrt=nnx.Param)
     average = nnx.state(network)
     order_key, step_key = jax.random.split(jax.random.key(config.seed))
@@ -56,8 +58,10 @@ def test_a_run_equals_a_plain_loop(tmp_path):
         augment_key, dropout_key = jax.random.split(jax.random.fold_in(step_key, step))
 
         def loss_of(network, batch=batch, augment_key=augment_key, dropout_key=dropout_key):
-            logits = network(augmented(augment_key, images[batch]), dropout_key)
-            return optax.softmax_cross_entropy_with_integer_labels(logits, labels[batch]).mean()
+            inputs = augmented(augment_key, images[batch])
+            logits = [member(inputs, dropout_key) for member in network.members]
+            cost = optax.softmax_cross_entropy_with_integer_labels
+            return sum(cost(each, labels[batch]).mean() for each in logits) / len(members)
 
         loss, grads = nnx.value_and_grad(loss_of)(network)
         optimizer.update(network, grads)
