@@ -25,7 +25,8 @@ from ._check import (
     normalize_axis,
 )
 from ._class_axis import FEW, ClassAxis
-from ._nll import expected_nll, read_labels, reduce_mean_of_all, reduce_weighted, scale_classes
+from ._expected_loss import expected_loss
+from ._nll import read_labels, reduce_mean_of_all, reduce_weighted, scale_classes
 from ._softmax import (
     centred_tangent,
     converted_apart,
@@ -34,7 +35,6 @@ from ._softmax import (
     hide_classes,
     is_half,
     log_near_one,
-    log_softmax_core,
     logsumexp_core,
     softmax_core,
     sum_exp_except,
@@ -152,7 +152,7 @@ def cross_entropy_core(
     if jnp.issubdtype(labels.dtype, jnp.floating):
         q = jnp.asarray(labels, x.dtype)
         q = q if uniform is None else (1.0 - label_smoothing) * q + uniform
-        loss = expected_nll(log_softmax_core(narrow, axis), scale_classes(q, weight, axis), axis)
+        loss = expected_loss(narrow, scale_classes(q, weight, axis), axis)
         loss = loss if loss_of_all is None else loss + loss_of_all
         loss = loss if empty is None else jnp.where(empty, jnp.inf, loss)
         return reduce_mean_of_all(loss, axis.size(x), reduction)
@@ -161,7 +161,7 @@ def cross_entropy_core(
     loss = _label_loss(narrow, target.label, axis, how)
     if uniform is not None:
         loss = (1.0 - label_smoothing) * loss
-        smooth = expected_nll(log_softmax_core(narrow, axis), scale_classes(uniform, weight, axis), axis)
+        smooth = expected_loss(narrow, scale_classes(uniform, weight, axis), axis)
         loss_of_all = smooth if loss_of_all is None else smooth + loss_of_all
     if empty is not None:
         loss = jnp.where(empty, jnp.inf, loss)

@@ -277,7 +277,7 @@ def _total(options: _Options, arrays: _Arrays, scale: Float[Array, ""]) -> Float
 def _total_jvp(options: _Options, primals: tuple[_Arrays, Array], tangents: tuple[Any, Any]) -> tuple[Array, Array]:
     arrays, scale = primals
     arrays_dot, scale_dot = tangents
-    if _is_perturbed(arrays_dot.weight) or _is_perturbed(arrays_dot.labels):
+    if is_perturbed(arrays_dot.weight) or is_perturbed(arrays_dot.labels):
         return _jvp_by_ad(partial(_sweep_total, options), primals, tangents)
     wanted, linear_dot = _wanted(arrays_dot)
     losses, gradients = _losses_and_gradients(
@@ -286,7 +286,7 @@ def _total_jvp(options: _Options, primals: tuple[_Arrays, Array], tangents: tupl
     terms = [jnp.sum(g * t.astype(g.dtype)) for g, t in zip(jax.tree.leaves(gradients), linear_dot, strict=True)]
     tangent = options.classes.total(sum(terms, jnp.zeros((), losses.dtype)))
     total = jnp.sum(losses)
-    if _is_perturbed(scale_dot):
+    if is_perturbed(scale_dot):
         tangent += total * scale_dot
     return scale * total, tangent
 
@@ -300,7 +300,7 @@ def _losses(options: _Options, arrays: _Arrays) -> Float[Array, " tokens"]:
 @partial(_losses.defjvp, symbolic_zeros=True)
 def _losses_jvp(options: _Options, primals: tuple[_Arrays], tangents: tuple[Any]) -> tuple[Array, Array]:
     (arrays,), (arrays_dot,) = primals, tangents
-    if _is_perturbed(arrays_dot.weight) or _is_perturbed(arrays_dot.labels):
+    if is_perturbed(arrays_dot.weight) or is_perturbed(arrays_dot.labels):
         return _jvp_by_ad(partial(_sweep_losses, options), primals, tangents)
     wanted, linear_dot = _wanted(arrays_dot)
     tangent = _directional(options, wanted, arrays, linear_dot)
@@ -590,19 +590,15 @@ def _chunks(options: _Options, arrays: _Arrays, *, skip: bool) -> Chunks:
 def _wanted(arrays_dot: Any) -> tuple[_Wanted, tuple[Array, ...]]:
     """Which of hidden, kernel and bias have tangents, and those tangents."""
     linear = (arrays_dot.hidden, arrays_dot.kernel, arrays_dot.bias)
-    wanted = (_is_perturbed(linear[0]), _is_perturbed(linear[1]), _is_perturbed(linear[2]))
+    wanted = (is_perturbed(linear[0]), is_perturbed(linear[1]), is_perturbed(linear[2]))
     return wanted, tuple(t for t, want in zip(linear, wanted, strict=True) if want)
-
-
-def _is_perturbed(tangent: Any) -> bool:
-    return tangent is not None and not isinstance(tangent, SymbolicZero)
 
 
 def _jvp_by_ad(f: Callable[..., Any], primals: Any, tangents: Any) -> tuple[Any, Any]:
     """`jax.jvp`, given zero tangents as custom_jvp gives them."""
     leaves, structure = jax.tree.flatten(primals)
     dots = jax.tree.leaves(tangents, is_leaf=lambda t: isinstance(t, SymbolicZero))
-    moving = [i for i, t in enumerate(dots) if _is_perturbed(t)]
+    moving = [i for i, t in enumerate(dots) if is_perturbed(t)]
 
     def of_moving(*values: Array) -> Any:
         every = list(leaves)

@@ -177,8 +177,12 @@ def scale_classes(x: Float[Array, "..."], weight: FloatArray | None, axis: Class
 
 def expected_nll(log_p: Float[Array, "..."], q: Float[Array, "..."], axis: ClassAxis) -> Float[Array, "..."]:
     """`-sum(q * log_p)` along `axis`, where 0 * -inf counts as 0."""
-    log_p = jnp.where((q == 0) & (log_p == -jnp.inf), 0.0, log_p)
-    return -axis.sum(q * log_p)
+    return -axis.sum(q * known_terms(log_p, q))
+
+
+def known_terms(log_p: Float[Array, "..."], q: Float[Array, "..."]) -> Float[Array, "..."]:
+    """`log_p` with 0 for what is impossible and does not happen."""
+    return jnp.where((q == 0) & (log_p == -jnp.inf), 0.0, log_p)
 
 
 def reduce_mean_of_all(loss: Float[Array, "..."], classes: int, reduction: Reduction) -> Float[Array, "..."]:

@@ -6,10 +6,11 @@ against the dominant class, so that `1 - p` of a class with p close to 1 is neve
 
 from functools import partial
 from math import log
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.custom_derivatives import SymbolicZero
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Integer
 
@@ -140,6 +141,11 @@ def _log_softmax(
     return (log_p if keep is None else jnp.where(keep, log_p, -jnp.inf)).astype(x.dtype)
 
 
+def is_perturbed(tangent: Any) -> bool:
+    """Whether a rule with symbolic zeros is given a tangent."""
+    return tangent is not None and not isinstance(tangent, SymbolicZero)
+
+
 def to_compute_dtype(x: FloatArray) -> Float[Array, "..."]:
     """`x` in at least float32, in which all arithmetic is done."""
     x = jnp.asarray(x)
@@ -197,12 +203,12 @@ def _softmax_jvp(axis: ClassAxis, primals: tuple[Array], tangents: tuple[Array])
 @partial(jax.custom_jvp, nondiff_argnums=(1,))
 def log_softmax_core(x: Float[Array, "..."], axis: ClassAxis) -> Float[Array, "..."]:
     """Log-softmax in the dtype that is computed in."""
-    return _log_softmax_parts(x, axis).log_p
+    return log_softmax_parts(x, axis).log_p
 
 
 @log_softmax_core.defjvp
 def _log_softmax_jvp(axis: ClassAxis, primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
-    parts = _log_softmax_parts(primals[0], axis)
+    parts = log_softmax_parts(primals[0], axis)
     return parts.log_p, _log_softmax_tangent(primals[0], parts, to_compute_dtype(tangents[0]), axis)
 
 
@@ -215,7 +221,7 @@ class _Parts(NamedTuple):
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(1,))
-def _log_softmax_parts(x: Float[Array, "..."], axis: ClassAxis) -> _Parts:
+def log_softmax_parts(x: Float[Array, "..."], axis: ClassAxis) -> _Parts:
     m = axis.max(converted_apart(x))
     others = sum_exp_except(x, m, _first_largest(x, axis), axis)
     total = jax.lax.optimization_barrier(1.0 + others)
@@ -226,12 +232,12 @@ def _log_softmax_parts(x: Float[Array, "..."], axis: ClassAxis) -> _Parts:
     return _Parts(d - log_total, jnp.exp(d) / total, others / total)  # p and rest round d alike, and sum to 1
 
 
-@_log_softmax_parts.defjvp
+@log_softmax_parts.defjvp
 def _log_softmax_parts_jvp(axis: ClassAxis, primals: tuple[Array], tangents: tuple[Array]) -> tuple[_Parts, _Parts]:
     (x,), (t,) = primals, tangents
-    parts, t = _log_softmax_parts(x, axis), to_compute_dtype(t)
+    parts, t = log_softmax_parts(x, axis), to_compute_dtype(t)
     dp = parts.p * centred_tangent(parts.p, t, axis)
-    of_rest = axis.sum(jnp.where(_dominant(x, parts, axis), 0.0, dp), keepdims=True)
+    of_rest = axis.sum(jnp.where(dominant_class(x, parts, axis), 0.0, dp), keepdims=True)
     return parts, _Parts(_log_softmax_tangent(x, parts, t, axis), dp, of_rest)
 
 
@@ -239,13 +245,13 @@ def _log_softmax_tangent(
     x: Float[Array, "..."], parts: _Parts, t: Float[Array, "..."], axis: ClassAxis
 ) -> Float[Array, "..."]:
     """`centred_tangent` with sums of `t` alone, so that the transpose sums the cotangent alone, twice at once."""
-    dominant = _dominant(x, parts, axis)
+    dominant = dominant_class(x, parts, axis)
     own = axis.sum(jnp.where(dominant, t, 0.0), keepdims=True)
     mean = axis.sum(parts.p * jnp.where(dominant, 0.0, t), keepdims=True) - parts.rest * own  # relative to `own`
     return jnp.where(dominant, 0.0, t - own) - mean
 
 
-def _dominant(x: Float[Array, "..."], parts: _Parts, axis: ClassAxis) -> Bool[Array, "..."]:
+def dominant_class(x: Float[Array, "..."], parts: _Parts, axis: ClassAxis) -> Bool[Array, "..."]:
     """Mask of the class with more than half of the probability. By its index, since `p > 0.5` would write p out."""
     return axis.one_hot(_first_largest(x, axis), x) & (parts.rest < 0.5)
 

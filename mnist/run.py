@@ -9,6 +9,7 @@ from mnist.evaluation import VIEWS, probabilities
 from mnist.terminal import say
 from mnist.training import fingerprint
 from mnist.training import train as fit
+from mnist.workdir import alone
 
 
 def train(config: Config) -> None:
@@ -18,10 +19,11 @@ def train(config: Config) -> None:
     splits = obtain(config.data_dir.expanduser(), config.idx_dir, dataset)
     train_size, test_size = (len(splits[split].labels) for split in ("train", "test"))
     say(f"{train_size:,} training and {test_size:,} test images")
-    result = fit(config, splits)
-    p = probabilities(config, result.params, splits["test"].images)  # by all processes together
-    accuracy = report.accuracy(p, splits["test"].labels)
-    say(f"final test accuracy {accuracy:.2%}, over {len(VIEWS)} views   parameters {fingerprint(result.params)}")
-    if is_main():
-        report.write(config.workdir / "report", result.history, *splits["test"], p, dataset.class_names)
-        say(f"report in {config.workdir / 'report'}")
+    with alone(config.workdir):
+        result = fit(config, splits)
+        p = probabilities(config, result.params, splits["test"].images)  # by all processes together
+        accuracy = report.accuracy(p, splits["test"].labels)
+        say(f"final test accuracy {accuracy:.2%}, over {len(VIEWS)} views   parameters {fingerprint(result.params)}")
+        if is_main():
+            report.write(config.workdir / "report", result.history, *splits["test"], p, dataset.class_names)
+            say(f"report in {config.workdir / 'report'}")

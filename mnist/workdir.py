@@ -11,12 +11,15 @@ All but TensorBoard's appear whole or not at all, so a kill costs no more than t
 import hashlib
 import json
 import os
+from collections.abc import Generator
+from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+from filelock import FileLock, Timeout
 
 from mnist.board import write_events
 from mnist.config import Config, UserError
@@ -50,6 +53,23 @@ class StoppedError(UserError):
     def __init__(self, signal: int, step: int, workdir: Path) -> None:
         super().__init__(f"Stopped after step {step:,}, which {workdir} keeps: the same command goes on from there.")
         self.status = 128 + signal
+
+
+@contextmanager
+def alone(workdir: Path) -> Generator[None]:
+    """Within, no other run can train in `workdir`. However its process ends, so does the lock."""
+    if not is_main():
+        yield
+        return
+    workdir.mkdir(parents=True, exist_ok=True)
+    try:
+        lock = FileLock(workdir / ".lock").acquire(timeout=0)
+    except Timeout:
+        raise WorkdirError(
+            f"Another run is training in {workdir}: wait for its end, or choose another --workdir."
+        ) from None
+    with lock:
+        yield
 
 
 def claim(config: Config, splits: Splits) -> None:

@@ -26,7 +26,7 @@ from mnist import checkpoints, training
 from mnist.config import Config
 from mnist.idx import Digits
 from mnist.model import make_network
-from mnist.workdir import WorkdirError
+from mnist.workdir import WorkdirError, alone
 
 HERE = Path(__file__).parent
 RUN = {"epochs": 12, "batch_size": 25}  # of 20 steps each
@@ -200,6 +200,29 @@ def test_the_configuration_and_the_weights_can_be_read_back(uninterrupted):
     predicted = np.asarray(nnx.merge(network, params)(test.images)).argmax(-1)
     assert np.mean(predicted == test.labels) == json.loads(metrics(workdir).splitlines()[-1])["test_accuracy"]
     assert contents(workdir) == before
+
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from mnist.workdir import alone
+with alone(Path(sys.argv[1])):
+    print("held", flush=True)
+    time.sleep(300)
+"""
+
+
+def test_only_one_run_at_a_time_until_its_process_is_dead(tmp_path, cache):
+    workdir = tmp_path / "run"
+    command = [sys.executable, "-c", HOLD, str(workdir)]
+    with subprocess.Popen(command, env=environment(cache), stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "held\n"
+        with pytest.raises(WorkdirError) as caught, alone(workdir):
+            pass
+        process.kill()
+    assert one_sentence(caught.value).startswith(f"Another run is training in {workdir}: ")
+    with alone(workdir):
+        pass
 
 
 @pytest.mark.parametrize("prepare", [lambda folder: None, Path.mkdir], ids=["no folder", "an empty folder"])
