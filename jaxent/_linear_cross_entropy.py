@@ -30,6 +30,7 @@ from ._chunks import Chunks, default_chunk_size, packed_chunks, strided_chunks
 from ._class_axis import ClassAxis, vary
 from ._cross_entropy import cross_entropy_core
 from ._nll import counting, mean_divisor, read_labels
+from ._softmax import is_perturbed
 
 
 def linear_cross_entropy(
