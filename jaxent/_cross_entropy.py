@@ -31,6 +31,7 @@ from ._softmax import (
     centred_tangent,
     converted_apart,
     difference,
+    each_class,
     exp_minus_max,
     hide_classes,
     is_half,
@@ -276,6 +277,11 @@ def _loss_of_parts(x: Float[Array, "..."], parts: _Parts, axis: ClassAxis, smoot
     loss = jnp.where(largest, log_total, log_total - parts.d)
     if not smoothing:
         return loss
-    x = converted_apart(jax.lax.optimization_barrier(x))  # apart from the maximum's conversion, too
-    mean = log_total + axis.sum(parts.m - x) / max(axis.size(x), 1)
+    if x.shape[axis.index] <= FEW and axis.is_whole(x):  # one pass over the rows, with the exponentials
+        m = jnp.squeeze(parts.m, axis.index)
+        gaps = axis.total(sum((m - of_class for of_class in each_class(x, axis)), jnp.zeros_like(m)))
+    else:
+        x = converted_apart(jax.lax.optimization_barrier(x))  # apart from the maximum's conversion, too
+        gaps = axis.sum(parts.m - x)
+    mean = log_total + gaps / max(axis.size(x), 1)
     return (1.0 - smoothing) * loss + smoothing * mean

@@ -321,9 +321,8 @@ def _sum_exp_except(
     if classes <= FEW and axis.is_whole(x):
         # Unrolled, XLA makes one pass over the rows of it, where a masked sum over the axis takes two.
         largest, total = jnp.squeeze(m, axis.index), jnp.zeros(index.shape, m.dtype)
-        for k in range(classes):
-            e = jnp.exp(to_compute_dtype(jax.lax.index_in_dim(x, k, axis.index, keepdims=False)) - largest)
-            total += jnp.where(index == k, 0.0, e)
+        for k, of_class in enumerate(each_class(x, axis)):
+            total += jnp.where(index == k, 0.0, jnp.exp(of_class - largest))
         return total
     block = _block_size(classes)
     short = is_half(x) and classes <= 1024  # stays in the cache
@@ -343,6 +342,12 @@ def _sum_exp_except(
     own = jnp.take_along_axis(blocks, of_index[..., None, None], -2, mode="clip")[..., 0, :]
     own = jnp.sum(jnp.where(one_hot(index % block, own.shape, axis.index), 0.0, jnp.exp(own - m)), -1)
     return rest + jnp.where((index >= 0) & (index < classes), own, 0.0)
+
+
+def each_class(x: Float[Array, "..."], axis: ClassAxis) -> list[Float[Array, "..."]]:
+    """The logits of one class after the other, in the dtype that is computed in."""
+    classes = (jax.lax.index_in_dim(x, k, axis.index, keepdims=False) for k in range(x.shape[axis.index]))
+    return [to_compute_dtype(of_class) for of_class in classes]
 
 
 def sum_exps(e: Float[Array, "..."], axis: ClassAxis) -> Float[Array, "..."]:
