@@ -151,7 +151,9 @@ def cross_entropy_core(
     uniform = _uniform(label_smoothing, x, keep, axis) if label_smoothing and not by_label else None
 
     if jnp.issubdtype(labels.dtype, jnp.floating):
-        q = jnp.asarray(labels, x.dtype)
+        q = jnp.asarray(labels)
+        if uniform is not None or weight is not None or x.dtype != jnp.float32:  # else half precision stays for now
+            q = q.astype(x.dtype)
         q = q if uniform is None else (1.0 - label_smoothing) * q + uniform
         loss = expected_loss(narrow, scale_classes(q, weight, axis), axis)
         loss = loss if loss_of_all is None else loss + loss_of_all

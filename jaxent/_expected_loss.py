@@ -52,9 +52,10 @@ def _loss_and_gradient(
 ) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
     parts = log_softmax_parts(x, axis)
     dominant = dominant_class(x, parts, axis)
+    loss, q = expected_nll(parts.log_p, q, axis), to_compute_dtype(q)
     mass = axis.sum(q, keepdims=True)
     of_dominant = axis.sum(jnp.where(dominant, 0.0, q), keepdims=True) - mass * parts.rest
-    return expected_nll(parts.log_p, q, axis), jnp.where(dominant, of_dominant, mass * parts.p - q)
+    return loss, jnp.where(dominant, of_dominant, mass * parts.p - q)
 
 
 @partial(_loss_and_gradient.defjvp, symbolic_zeros=True)
@@ -66,10 +67,11 @@ def _loss_and_gradient_jvp(
     p = softmax_core(to_compute_dtype(x), axis)
     terms = []
     if is_perturbed(x_dot):
-        mass = axis.sum(q, keepdims=True)
+        mass = axis.sum(to_compute_dtype(q), keepdims=True)
         terms.append(mass * p * centred_tangent(p, to_compute_dtype(x_dot), axis))
     if is_perturbed(q_dot):
-        mass_dot, dominant = axis.sum(q_dot, keepdims=True), p > 0.5
+        q_dot, dominant = to_compute_dtype(q_dot), p > 0.5
+        mass_dot = axis.sum(q_dot, keepdims=True)
         rest = axis.sum(jnp.where(dominant, 0.0, p), keepdims=True)
         of_dominant = axis.sum(jnp.where(dominant, 0.0, q_dot), keepdims=True) - rest * mass_dot
         terms.append(jnp.where(dominant, of_dominant, p * mass_dot - q_dot))

@@ -21,7 +21,7 @@ from ._check import (
     normalize_axis,
 )
 from ._class_axis import ClassAxis, one_hot
-from ._softmax import to_compute_dtype
+from ._softmax import converted_apart, to_compute_dtype
 
 
 def nll(
@@ -177,7 +177,7 @@ def scale_classes(x: Float[Array, "..."], weight: FloatArray | None, axis: Class
 
 def expected_nll(log_p: Float[Array, "..."], q: Float[Array, "..."], axis: ClassAxis) -> Float[Array, "..."]:
     """`-sum(q * log_p)` along `axis`, where 0 * -inf counts as 0."""
-    return -axis.sum(q * known_terms(log_p, q))
+    return -axis.sum(converted_apart(q) * known_terms(log_p, q))
 
 
 def known_terms(log_p: Float[Array, "..."], q: Float[Array, "..."]) -> Float[Array, "..."]:
