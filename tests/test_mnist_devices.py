@@ -26,8 +26,6 @@ from mnist.model import make_network
 
 HERE = Path(__file__).parent
 RUN = {"epochs": 2, "batch_size": 40}  # of 12 steps each
-STEPS = 24
-SUMMED = 40 * 14 * 14  # values in the longest sum that the devices share, of the first normalisation
 
 
 def start(workdir: Path, device_count: int, *, log: Path | None = None, **more: object) -> subprocess.Popen[str]:
@@ -67,35 +65,15 @@ def alone(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def tolerance(alone, tmp_path_factory):
-    """Return how far apart losses, and parameters, may lie by rounding alone.
+    """Return how far apart losses, and parameters, may lie: a thousandth of what another seed changes.
 
-    Several devices add in another order: in each of STEPS steps that is a rounding for every value summed, of random
-    sign. What one rounding becomes, Adam's division by small gradients included, is measured on one device: by a run
-    that starts one float beside the other.
+    Several devices add in another order, which moves the losses by about 1e-6. But starting one float beside has been
+    seen to move them by 2e-5, presumably where it decides on which side of a kink an activation lies.
     """
     workdir, result = alone
-    twin = tmp_path_factory.mktemp("twin") / "run"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training, "initial", rounded(training.initial))
-        other = on_one_device(twin)
-    return [STEPS * SUMMED**0.5 * moved for moved in distances(workdir, result.params, twin, other.params)]
-
-
-def rounded(initial):
-    """Return `initial` with every parameter moved to the float below or above."""
-    rng = np.random.default_rng(0)
-
-    def move(leaf):
-        return jnp.nextafter(leaf, jnp.asarray(rng.choice([-np.inf, np.inf], leaf.shape), leaf.dtype))
-
-    def moved(*args):
-        model, state = initial(*args)
-        params = jax.tree.map(move, state.params)
-        statistics = nnx.filter_state(state.average, nnx.BatchStat)
-        average = jax.tree.map(jnp.copy, training.joined(params, statistics))
-        return model, state._replace(params=params, average=average)
-
-    return moved
+    reseeded = tmp_path_factory.mktemp("reseeded") / "run"
+    other = on_one_device(reseeded, seed=1)
+    return [moved / 1000 for moved in distances(workdir, result.params, reseeded, other.params)]
 
 
 def distances(workdir, params, other_workdir, other_params) -> tuple[float, float]:
@@ -119,13 +97,6 @@ def test_the_number_of_devices_does_not_matter(device_count, alone, tolerance, t
     assert all(x <= limit for x, limit in zip(moved, tolerance, strict=True)), (moved, tolerance)
     accuracies = [[row["test_accuracy"] for row in history(path)] for path in (workdir, tmp_path / "run")]
     np.testing.assert_allclose(*accuracies, atol=0.01)  # one image of the hundred
-
-
-def test_a_tolerance_of_rounding_tells_another_seed(alone, tolerance, tmp_path):
-    workdir, result = alone
-    other = on_one_device(tmp_path / "run", seed=1)
-    moved = distances(workdir, result.params, tmp_path / "run", other.params)
-    assert all(x > 10 * limit for x, limit in zip(moved, tolerance, strict=True)), (moved, tolerance)
 
 
 def test_a_batch_that_devices_cannot_share_is_refused(tmp_path):
