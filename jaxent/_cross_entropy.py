@@ -152,8 +152,8 @@ def cross_entropy_core(
 
     if jnp.issubdtype(labels.dtype, jnp.floating):
         q = jnp.asarray(labels)
-        if uniform is not None or weight is not None or x.dtype != jnp.float32:  # else half precision stays for now
-            q = q.astype(x.dtype)
+        if not is_half(q) or uniform is not None or weight is not None or x.dtype != jnp.float32:
+            q = q.astype(x.dtype)  # and otherwise later, by each user apart
         q = q if uniform is None else (1.0 - label_smoothing) * q + uniform
         loss = expected_loss(narrow, scale_classes(q, weight, axis), axis)
         loss = loss if loss_of_all is None else loss + loss_of_all

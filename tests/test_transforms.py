@@ -292,3 +292,31 @@ def test_export_of_large_vocabularies(platform, classes):
     shapes = jax.ShapeDtypeStruct((8, classes), jnp.bfloat16), jax.ShapeDtypeStruct((8,), np.int32)
     function = jax.jit(jax.value_and_grad(jaxent.cross_entropy))
     assert export.export(function, platforms=[platform])(*shapes).platforms == (platform,)
+
+
+@pytest.mark.parametrize("of_labels", ["bfloat16", "float16", "float32", "float64"])
+@pytest.mark.parametrize("of_logits", ["bfloat16", "float32", "float64"])
+def test_probabilities_of_any_dtype_beside_logits_of_any(of_logits, of_labels):
+    """The loss is in the logits' precision, and derivatives in what they are derivatives of."""
+    with jax.enable_x64(True):
+        rng = np.random.default_rng(0)
+        logits = jnp.asarray(3 * rng.standard_normal((4, 7)), of_logits)
+        labels = jnp.asarray(rng.dirichlet(np.ones(7), 4), of_labels)
+
+        def plain(x, q):
+            return -(q * jax.nn.log_softmax(x)).sum(-1).mean()
+
+        loss = jaxent.cross_entropy(logits, labels)
+        assert loss.dtype == jnp.promote_types(of_logits, "float32")
+        exact = logits.astype("float64"), labels.astype("float64")
+        np.testing.assert_allclose(loss, plain(*exact), rtol=1e-6 if loss.dtype == "float32" else 1e-14)
+        for wanted, at in (("logits", 0), ("labels", 1)):
+            got = jax.grad(jaxent.cross_entropy, at)(logits, labels)
+            assert got.dtype == (of_logits, of_labels)[at], wanted
+            eps = max(float(jnp.finfo(dtype).eps) for dtype in (got.dtype, loss.dtype))
+            expected = jax.grad(plain, at)(*exact)
+            np.testing.assert_allclose(got.astype("float64"), expected, rtol=8 * eps, atol=eps / 8)
+        mixed = jax.jacfwd(jax.grad(jaxent.cross_entropy), 1)(logits, labels)
+        eps = float(jnp.finfo(of_logits).eps)
+        expected = jax.jacfwd(jax.grad(plain), 1)(*exact)
+        np.testing.assert_allclose(mixed.astype("float64"), expected, rtol=16 * eps, atol=eps)
