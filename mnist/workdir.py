@@ -4,6 +4,7 @@
     WORKDIR/metrics.jsonl    one line an epoch, without anything that depends on the clock
     WORKDIR/tensorboard/     the same for TensorBoard, if that is installed
     WORKDIR/checkpoints/N/   everything that the run knew after step N
+    WORKDIR/.lock            held by the process that trains
 
 All but TensorBoard's appear whole or not at all, so a kill costs no more than the work since the last checkpoint.
 """

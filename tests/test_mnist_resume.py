@@ -22,7 +22,7 @@ pytest.importorskip("orbax.checkpoint")
 from _mnist_run import stripes
 from flax import nnx
 
-from mnist import checkpoints, training
+from mnist import checkpoints, run, training
 from mnist.config import Config
 from mnist.idx import Digits
 from mnist.model import make_network
@@ -223,6 +223,13 @@ def test_only_one_run_at_a_time_until_its_process_is_dead(tmp_path, cache):
     assert one_sentence(caught.value).startswith(f"Another run is training in {workdir}: ")
     with alone(workdir):
         pass
+
+
+def test_the_command_holds_the_folder(tmp_path, monkeypatch):
+    monkeypatch.setattr(run, "obtain", lambda *_: splits())
+    with alone(tmp_path), pytest.raises(WorkdirError, match="Another run is training"):
+        run.train(Config(**RUN, workdir=tmp_path))
+    assert [path.name for path in tmp_path.iterdir()] == [".lock"]
 
 
 @pytest.mark.parametrize("prepare", [lambda folder: None, Path.mkdir], ids=["no folder", "an empty folder"])
