@@ -24,8 +24,6 @@ import jax
 Call = Callable[[], Any]
 Quartiles = tuple[float, float, float]  # the lower quartile, the median and the upper quartile
 
-WARM_UP = 2
-
 
 class Measured(NamedTuple):
     """What one cell of a table was measured to be."""
@@ -48,16 +46,18 @@ def blocking(f: Callable[..., Any], *args: Any) -> Call:
     return lambda: jax.block_until_ready(f(*args))
 
 
-def take_turns(calls: Mapping[str, Call], rounds: int, seconds: float) -> dict[str, list[float]]:
-    """Seconds of each call in each round: in at most so many rounds and seconds, but in five rounds at least."""
+def take_turns(
+    calls: Mapping[str, Call], rounds: int, seconds: float, warm_up: int, at_least: int
+) -> dict[str, list[float]]:
+    """Seconds of each call in each round: in at most so many rounds and seconds, but in a few rounds at least."""
     times: dict[str, list[float]] = {name: [] for name in calls}
     order = random.Random(0)
-    for _ in range(WARM_UP):
+    for _ in range(warm_up):
         for call in calls.values():
             call()
     start = time.perf_counter()
     for i in range(rounds):
-        if i >= 5 and time.perf_counter() - start > seconds:
+        if i >= at_least and time.perf_counter() - start > seconds:
             break
         for name, call in order.sample(sorted(calls.items()), len(calls)):  # nobody always follows the same peer
             begin = time.perf_counter()
@@ -66,9 +66,11 @@ def take_turns(calls: Mapping[str, Call], rounds: int, seconds: float) -> dict[s
     return times
 
 
-def measure(calls: Mapping[str, Call], reference: str, rounds: int, seconds: float) -> Measured:
+def measure(
+    calls: Mapping[str, Call], reference: str, rounds: int, seconds: float, warm_up: int = 2, at_least: int = 5
+) -> Measured:
     """Times of all calls, and how they compare with those of the reference."""
-    times = take_turns(calls, rounds, seconds)
+    times = take_turns(calls, rounds, seconds, warm_up, at_least)
     of_reference = times[reference]
     ratio = {
         name: quartiles([a / b for a, b in zip(t, of_reference, strict=True)])
@@ -109,9 +111,9 @@ def draw(
     path: Path,
     title: str,
     panels: Mapping[str, Sequence[tuple[str, Mapping[str, Quartiles]]]],
-    target: float = 1.0,
+    of: str = "time / time of jaxent",
 ) -> None:
-    """A picture of ratios: a panel a key, a line a row, a dot a peer, with its quartiles."""
+    """A picture of ratios `of` this to that: a panel a key, a line a row, a dot a peer, with its quartiles."""
     import matplotlib as mpl
 
     mpl.use("Agg")
@@ -135,8 +137,7 @@ def draw(
             ]
             axis.errorbar(middle, at, xerr=errors, fmt="o", ms=4, lw=1, color=f"C{i}", label=name)
         axis.axvline(1.0, color="black", lw=1)
-        axis.axvline(target, color="grey", lw=1, ls=":")
-        axis.set(xscale="log", title=heading, xlabel="time / time of jaxent", ylim=(len(rows) - 0.5, -0.5))
+        axis.set(xscale="log", title=heading, xlabel=of, ylim=(len(rows) - 0.5, -0.5))
         axis.set_yticks(range(len(rows)), [label for label, _ in rows], fontsize=7)
         axis.grid(axis="x", alpha=0.3)
     axes[0][0].legend(fontsize=7)

@@ -1,14 +1,12 @@
 """Time and memory of linear_cross_entropy with its gradients, against unfused forms and other libraries.
 
-    python benchmarks/linear_cross_entropy.py [--sweep] [--rounds 15] [--seconds 60] [--json FILE]
+    python benchmarks/linear_cross_entropy.py [--sweep] [--rounds 15] [--seconds 60] [--json FILE] [--picture FILE]
 
 Each call computes the loss and its gradients with respect to hidden (tokens N, features D) and kernel (D, classes C)
-in float32. All contestants run in one process, in random order, round after round, so that a slow moment of the
-machine hits all of them, and so does a plain large matrix product, which measures what the machine can do. A ratio
-is the median over the rounds of time / time of jaxent (above 1: jaxent is faster), with its quartiles. The share of
-the matmul rate counts the three products that the gradients need, for the tokens that are not ignored; reduction
-"none" makes the logits a second time. Memory is the compiled program's temporaries in per cent of the N * C * 4 bytes
-of the logits. Ctrl-C prints what is done.
+in float32. `_runner.py` says how is measured. Among the contestants is a plain large matrix product, which measures
+what the machine can do: the share of the matmul rate counts the three products that the gradients need, for the
+tokens that are not ignored; reduction "none" makes the logits a second time. Memory is the compiled program's
+temporaries in per cent of the N * C * 4 bytes of the logits. Ctrl-C prints what is done.
 
 The contestants:
 
@@ -24,30 +22,22 @@ The contestants:
 """
 
 import argparse
-import json
 import logging
 import math
-import os
-import random
-import statistics
-import time
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
-
-# PyTorch's worker threads otherwise spin for a while after each call and take the cores from whoever comes next.
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import torch
+from _runner import Call, blocking, draw, jitted, machine, measure, write_json
 
 import jaxent
 
-WARM_UP = 1
 MATMUL = (2048, 4096, 4096)
 
 
@@ -125,7 +115,7 @@ def torch_losses() -> dict[str, Callable[..., torch.Tensor]]:
 class Contestants(NamedTuple):
     """Calls without arguments, and what is known of them before they run."""
 
-    calls: dict[str, Callable[[], Any]]
+    calls: dict[str, Call]
     temporaries: dict[str, float]  # per cent of the logits' bytes
     compile_seconds: dict[str, float]
 
@@ -145,7 +135,7 @@ def contestants(case: Case) -> Contestants:
     c = rng.standard_normal(case.tokens, dtype=np.float32) if case.reduction == "none" else np.ones((), np.float32)
 
     hidden, kernel, labels, cotangent = (jnp.asarray(a) for a in (x, w, y, c))
-    calls: dict[str, Callable[[], Any]] = {}
+    calls: dict[str, Call] = {}
     temporaries: dict[str, float] = {}
     compile_seconds: dict[str, float] = {}
     for name, losses in jax_losses().items():
@@ -158,14 +148,12 @@ def contestants(case: Case) -> Contestants:
         def total(hidden: jax.Array, kernel: jax.Array, labels: jax.Array, cotangent: jax.Array, f: Any = f) -> Any:
             return jnp.sum(cotangent * f(hidden, kernel, labels, case.reduction))
 
-        start = time.perf_counter()
-        g = jax.jit(jax.value_and_grad(total, (0, 1))).lower(hidden, kernel, labels, cotangent).compile()
-        compile_seconds[name] = time.perf_counter() - start
-        temp_bytes = g.memory_analysis().temp_size_in_bytes
+        g = jax.jit(jax.value_and_grad(total, (0, 1)))
+        calls[name], compile_seconds[name] = jitted(g, hidden, kernel, labels, cotangent)
+        temp_bytes = g.lower(hidden, kernel, labels, cotangent).compile().memory_analysis().temp_size_in_bytes
         temporaries[name] = 100 * temp_bytes / (4 * case.tokens * case.classes)
-        calls[name] = lambda g=g: jax.block_until_ready(g(hidden, kernel, labels, cotangent))
         if name == "jaxent" and case.ignored != "none":
-            calls["none ignored"] = lambda g=g: jax.block_until_ready(g(hidden, kernel, every_label, cotangent))
+            calls["none ignored"] = blocking(g, hidden, kernel, every_label, cotangent)
 
     t_hidden, t_weight = (torch.from_numpy(np.array(a, order="C")).requires_grad_() for a in (x, w.T))
     t_labels, t_cotangent = torch.tensor(y), torch.tensor(c)
@@ -179,52 +167,22 @@ def contestants(case: Case) -> Contestants:
 
     rows, inner, columns = MATMUL
     a, b = jnp.ones((rows, inner)), jnp.ones((inner, columns))
-    product = jax.jit(jnp.matmul)
-    calls["matmul"] = lambda: jax.block_until_ready(product(a, b))
+    calls["matmul"], _ = jitted(jnp.matmul, a, b)
     return Contestants(calls, temporaries, compile_seconds)
 
 
-def timings(calls: dict[str, Callable[[], Any]], rounds: int, seconds: float) -> dict[str, list[float]]:
-    """Seconds of each call in each round; in at least two rounds, and at most what fits into the given seconds."""
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    order = random.Random(0)
-    i, took = 0, 0.0
-    while i < WARM_UP + 2 or (i < WARM_UP + rounds and took < seconds):
-        for name, call in order.sample(sorted(calls.items()), len(calls)):  # nobody always follows the same peer
-            start = time.perf_counter()
-            call()
-            if i >= WARM_UP:
-                times[name].append(time.perf_counter() - start)
-                took += times[name][-1]
-        i += 1
-    return times
-
-
-def quartiles(values: list[float]) -> list[float]:
-    """The lower quartile, the median and the upper quartile."""
-    return statistics.quantiles(values, n=4, method="inclusive")
-
-
-def measure(case: Case, rounds: int, seconds: float) -> dict[str, Any]:
-    """One row of the table."""
+def row_of_case(case: Case, rounds: int, seconds: float) -> dict[str, Any]:
+    """What one row of the table was measured to be."""
     calls, temporaries, compile_seconds = contestants(case)
-    times = timings(calls, rounds, seconds)
+    measured = measure(calls, "jaxent", rounds, seconds, warm_up=1, at_least=2)
     counted = case.tokens if case.ignored == "none" else case.tokens // 2
     flops, matmul_flops = 6 * counted * case.features * case.classes, 2 * math.prod(MATMUL)
-    jaxent_times, matmul_times = times["jaxent"], times["matmul"]
+    of_matmul = measured.ratio.pop("matmul")
     return {
         "case": case._asdict(),
-        "rounds": len(jaxent_times),
-        "seconds": {name: quartiles(t) for name, t in times.items()},
-        "ratio": {
-            name: quartiles([a / b for a, b in zip(t, jaxent_times, strict=True)])
-            for name, t in times.items()
-            if name not in ("jaxent", "matmul")
-        },
-        "matmul_gflops": matmul_flops / statistics.median(matmul_times) / 1e9,
-        "share_of_matmul_rate": quartiles(
-            [flops / matmul_flops * a / b for a, b in zip(matmul_times, jaxent_times, strict=True)]
-        ),
+        **measured._asdict(),
+        "matmul_gflops": 1e-6 * matmul_flops / measured.ms["matmul"][1],
+        "share_of_matmul_rate": [flops / matmul_flops * r for r in of_matmul],
         "temporaries_percent": temporaries,
         "compile_seconds": compile_seconds,
     }
@@ -237,7 +195,7 @@ COLUMNS = ["case", "N", "D", "C", "jaxent, s", *PEERS, "of matmul rate", "memory
 def row_of(result: dict[str, Any]) -> str:
     """A result as a row of the Markdown table."""
     case = Case(**result["case"])
-    cells = [case.name, *map(str, case[1:4]), f"{result['seconds']['jaxent'][1]:.3f}"]
+    cells = [case.name, *map(str, case[1:4]), f"{1e-3 * result['ms']['jaxent'][1]:.3f}"]
     for name in PEERS:
         if name in result["ratio"]:
             low, middle, high = result["ratio"][name]
@@ -258,9 +216,10 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=15, help="at most, for each case")
     parser.add_argument("--seconds", type=float, default=60.0, help="at most, for each case beyond two rounds")
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--picture", type=Path)
     args = parser.parse_args()
 
-    print(f"jax {jax.__version__} on {jax.devices()[0].platform}, torch {torch.__version__}, float32")
+    print(", ".join(f"{key} {value}" for key, value in machine("optax", "torch").items()))
     if not find_spec("tokamax"):
         print("tokamax is not installed and left out")
     print(f"\n| {' | '.join(COLUMNS)} |\n|---|{'---:|' * (len(COLUMNS) - 1)}", flush=True)
@@ -270,7 +229,7 @@ def main() -> None:
         for case in SWEEP if args.sweep else CASES:
             if args.only and args.only not in case.name:
                 continue
-            results.append(measure(case, args.rounds, args.seconds))
+            results.append(row_of_case(case, args.rounds, args.seconds))
             print(row_of(results[-1]), flush=True)
     except KeyboardInterrupt:
         print("\nstopped")
@@ -280,8 +239,10 @@ def main() -> None:
     print(f"\nmatmul of {' × '.join(map(str, MATMUL))}, GFLOP/s, row by row: {', '.join(rates)}")
     print(f"rounds, row by row: {', '.join(rounds)}")
     if args.json:
-        versions = {"jax": jax.__version__, "torch": torch.__version__}
-        args.json.write_text(json.dumps(versions | {"rows": results}, indent=1))
+        write_json(args.json, {"machine": machine("optax", "torch"), "rows": results})
+    if args.picture:
+        rows = [("{name}, {tokens} x {features} x {classes}".format(**r["case"]), r["ratio"]) for r in results]
+        draw(args.picture, "Time of linear_cross_entropy with its gradients", {"float32": rows})
     raise SystemExit(status)
 
 

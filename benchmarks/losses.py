@@ -1,8 +1,8 @@
 """Time softmax, log_softmax, nll and cross_entropy, forward and with gradient, against other libraries.
 
     python benchmarks/losses.py speed [--rounds 30] [--seconds 1.5] [--json FILE] [--picture FILE]
-    python benchmarks/losses.py eager      # calls outside of jit on (128, 10), against jitted peers
-    python benchmarks/losses.py compile    # seconds until the first value and gradient
+    python benchmarks/losses.py eager ...      # calls outside of jit on (128, 10), against jitted peers
+    python benchmarks/losses.py compile ...    # seconds until the first value and gradient
 
 `_runner.py` says how is measured. A JAX peer computes in float32 and returns what jaxent returns, so it is given
 `logits.astype(float32)` where they are bfloat16. Losses are means; `value_and_grad` of softmax and log_softmax is
@@ -298,12 +298,20 @@ def eager(args: argparse.Namespace) -> None:
         arrays = [jnp.asarray(a) for a in inputs(*cell[::3])]
         calls = {"jaxent": blocking(JOBS[job]["jaxent"], *arrays), peer: jitted(JOBS[job][peer], *arrays)[0]}
         measured = measure(calls, peer, 50 * args.rounds, args.seconds)
-        rows.append({"job": job, "peer": peer, **measured._asdict()})
+        rows.append({"job": job, "peer": peer, "ms": measured.ms, "ratio": measured.ratio["jaxent"]})
         low, middle, high = measured.ratio["jaxent"]
         cells = f"{1e3 * measured.ms['jaxent'][1]:8.0f} {middle:12.2f} ({low:.2f}-{high:.2f}) of {peer}"
         print(f"{job:>23} {cells}", flush=True)
+    write_calls(args, rows, "Calls outside of jit on (128, 10)")
+
+
+def write_calls(args: argparse.Namespace, rows: list[dict[str, Any]], title: str) -> None:
+    """A table of single calls as JSON and as a picture, as asked for."""
     if args.json:
         write_json(args.json, {"machine": machine("optax"), "rows": rows})
+    if args.picture:
+        ratios = [(f"{row['job']} / {row['peer']}", {"jaxent": row["ratio"]}) for row in rows]
+        draw(args.picture, title, {"float32": ratios}, of="time of jaxent / time of the peer")
 
 
 def compile_times(args: argparse.Namespace) -> None:
@@ -328,8 +336,7 @@ def compile_times(args: argparse.Namespace) -> None:
         low, middle, high = ratio
         cells = f"{statistics.median(seconds['jaxent']):8.3f} {middle:12.2f} ({low:.2f}-{high:.2f}) of {peer}"
         print(f"{job:>23} {cells}", flush=True)
-    if args.json:
-        write_json(args.json, {"machine": machine("optax"), "rows": rows})
+    write_calls(args, rows, "Compiling value_and_grad for (1024, 1000)")
 
 
 def shapes(text: str) -> list[tuple[int, int]]:
@@ -349,7 +356,7 @@ def main() -> None:
     parser.add_argument("--only", help="cells whose name contains this")
     parser.add_argument("--pause", action="store_true", help="wait for Enter between compiling and measuring")
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--picture", type=Path, help="of the speed table")
+    parser.add_argument("--picture", type=Path, help="a file to draw the table to")
     args = parser.parse_args()
     print(", ".join(f"{key} {value}" for key, value in machine("optax", "torch").items()))
     TABLES[args.table](args)

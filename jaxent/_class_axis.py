@@ -9,8 +9,6 @@ import jax.numpy as jnp
 from jax.sharding import AxisType
 from jaxtyping import Array, Bool, Float, Integer, Num
 
-FEW = 32  # up to so many classes, other forms are the fastest
-
 
 @dataclass(frozen=True)
 class ClassAxis:
@@ -44,18 +42,6 @@ class ClassAxis:
         """Sum over the parts of what each has summed by itself."""
         return jax.lax.psum(of_part, self.names) if self.names else of_part
 
-    def argmax(self, x: Float[Array, "..."], m: Float[Array, "..."]) -> Integer[Array, "..."]:
-        """The first class of each row that equals the row's maximum `m`."""
-        classes = x.shape[self.index]
-        if 0 < classes <= FEW and not self.names and self.is_whole(x):
-            return jnp.argmax(x, self.index)
-        # Otherwise jnp.argmax is the slower one, and gathers a candidate of each part.
-        position = jax.lax.broadcasted_iota(jnp.int32, x.shape, self.index)
-        first = jnp.min(jnp.where(x == m, position, classes), self.index, initial=classes)
-        if not self.names:
-            return first
-        return jax.lax.pmin(jnp.where(first < classes, first + self._start(x), self.size(x)), self.names)
-
     def local(self, index: Integer[Array, "..."], x: Array) -> Integer[Array, "..."]:
         """Class `index` counted from the first class of the part `x`; outside of `[0, x's classes)` if in another."""
         return index - self._start(x) if self.names else index
@@ -77,6 +63,10 @@ class ClassAxis:
         else:
             return self._gather(x, index, "fill")
         return jnp.where(index < self.size(x), self.total(entry), jnp.nan)
+
+    def is_short(self, x: Array) -> bool:
+        """Whether rows are so short that sums over them are best unrolled."""
+        return x.shape[self.index] <= 32 and self.is_whole(x)
 
     def is_whole(self, x: Array) -> bool:
         """Whether all classes of `x` surely lie on one device, where slicing them moves no data."""

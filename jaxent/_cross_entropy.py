@@ -24,11 +24,10 @@ from ._check import (
     check_where,
     normalize_axis,
 )
-from ._class_axis import FEW, ClassAxis
+from ._class_axis import ClassAxis
 from ._expected_loss import expected_loss
 from ._nll import read_labels, reduce_mean_of_all, reduce_weighted, scale_classes
 from ._softmax import (
-    centred_tangent,
     converted_apart,
     difference,
     each_class,
@@ -38,6 +37,7 @@ from ._softmax import (
     log_near_one,
     logsumexp_core,
     softmax_core,
+    softmax_tangent,
     sum_exp_except,
     sum_exps,
     to_compute_dtype,
@@ -217,7 +217,7 @@ def _loss_and_gradient(
     """`-log p_y` and its derivative `p - one_hot(y)`, where smoothing leaves less of the label."""
     m = axis.max(converted_apart(x))
     label = axis.one_hot(y, x)
-    if how.in_place or x.shape[axis.index] <= FEW:
+    if how.in_place or axis.is_short(x):
         others = sum_exp_except(x, m, y, axis)
         e = jnp.where(label, 0.0, jnp.exp(to_compute_dtype(x) - m))
     else:  # written out where the gradient will be, and summed there
@@ -246,7 +246,7 @@ def _loss_and_gradient_jvp(
     # The label is constant, smoothed or not, so the gradient moves as softmax does.
     x, t = map(to_compute_dtype, (primals[0], tangents[0]))
     p = softmax_core(x, axis)
-    dp = p * centred_tangent(p, t, axis)
+    dp = softmax_tangent(p, t, axis)
     return (loss, gradient), (axis.sum(gradient * t), dp)
 
 
@@ -279,9 +279,11 @@ def _loss_of_parts(x: Float[Array, "..."], parts: _Parts, axis: ClassAxis, smoot
     loss = jnp.where(largest, log_total, log_total - parts.d)
     if not smoothing:
         return loss
-    if x.shape[axis.index] <= FEW and axis.is_whole(x):  # one pass over the rows, with the exponentials
+    if axis.is_short(x):  # one pass over the rows, with the exponentials
         m = jnp.squeeze(parts.m, axis.index)
-        gaps = axis.total(sum((m - of_class for of_class in each_class(x, axis)), jnp.zeros_like(m)))
+        gaps = axis.total(
+            sum((m - to_compute_dtype(of_class) for of_class in each_class(x, axis)), jnp.zeros_like(m))
+        )
     else:
         x = converted_apart(jax.lax.optimization_barrier(x))  # apart from the maximum's conversion, too
         gaps = axis.sum(parts.m - x)

@@ -10,12 +10,12 @@ from jaxtyping import Array, Float
 from ._class_axis import ClassAxis
 from ._nll import expected_nll, known_terms
 from ._softmax import (
-    centred_tangent,
     dominant_class,
     is_perturbed,
     log_softmax_core,
     log_softmax_parts,
     softmax_core,
+    softmax_tangent,
     to_compute_dtype,
 )
 
@@ -68,7 +68,7 @@ def _loss_and_gradient_jvp(
     terms = []
     if is_perturbed(x_dot):
         mass = axis.sum(to_compute_dtype(q), keepdims=True)
-        terms.append(mass * p * centred_tangent(p, to_compute_dtype(x_dot), axis))
+        terms.append(mass * softmax_tangent(p, to_compute_dtype(x_dot), axis))
     if is_perturbed(q_dot):
         q_dot, dominant = to_compute_dtype(q_dot), p > 0.5
         mass_dot = axis.sum(q_dot, keepdims=True)

@@ -24,7 +24,7 @@ from ._check import (
     check_where,
     normalize_axis,
 )
-from ._class_axis import FEW, ClassAxis, one_hot
+from ._class_axis import ClassAxis, one_hot
 
 
 def softmax(
@@ -125,20 +125,29 @@ def _check(
 def _softmax(
     logits: FloatArray, where: BoolArray | None, axis: ClassAxis, dtype: DTypeLike | None
 ) -> Float[Array, "..."]:
-    x = jnp.asarray(logits, dtype)
-    wide, keep, _ = hide_classes(to_compute_dtype(x), where, axis)
-    p = softmax_core(wide, axis)
-    return (p if keep is None else jnp.where(keep, p, 0.0)).astype(x.dtype)
+    x, dtype = _cast(logits, dtype)
+    shown, keep, _ = hide_classes(x, where, axis)
+    p = softmax_core(shown, axis)
+    return (p if keep is None else jnp.where(keep, p, 0.0)).astype(dtype)
+
+
+def _cast(logits: FloatArray, dtype: DTypeLike | None) -> tuple[Float[Array, "..."], DTypeLike]:
+    """Logits in `dtype`, and what that is. The arithmetic itself turns half precision into float32."""
+    x = jnp.asarray(logits)
+    if dtype is not None and is_half(x) and jnp.dtype(dtype) == jnp.float32:
+        return x, dtype
+    x = jnp.asarray(x, dtype)
+    return x, x.dtype
 
 
 @partial(jax.jit, static_argnums=(2, 3))
 def _log_softmax(
     logits: FloatArray, where: BoolArray | None, axis: ClassAxis, dtype: DTypeLike | None
 ) -> Float[Array, "..."]:
-    x = jnp.asarray(logits, dtype)
+    x, dtype = _cast(logits, dtype)
     shown, keep, _ = hide_classes(x, where, axis)
     log_p = log_softmax_core(shown, axis)
-    return (log_p if keep is None else jnp.where(keep, log_p, -jnp.inf)).astype(x.dtype)
+    return (log_p if keep is None else jnp.where(keep, log_p, -jnp.inf)).astype(dtype)
 
 
 def is_perturbed(tangent: Any) -> bool:
@@ -178,26 +187,29 @@ def hide_classes(
     return jnp.where(keep, x, fill), keep, empty
 
 
-@partial(jax.custom_jvp, nondiff_argnums=(1,))
-def softmax_core(x: Float[Array, "..."], axis: ClassAxis) -> Float[Array, "..."]:
-    """Softmax of float32 or float64 logits."""
-    m = axis.max(x)
-    # At most one per class and at least one, whatever fma makes of the largest class (see `difference`).
-    # Its terms are written `x + -m`, or XLA's CPU backend would share `x - m` with the result and write that out.
-    total = jnp.clip(axis.sum(jnp.exp(x + -m), keepdims=True), 1.0, axis.size(x))
-    # Half an ulp of a difference of 80 is 4e-6, a relative error of that size in its exponential. The total does not
-    # feel it, since classes so far down hardly count; for the classes themselves, two-sum recovers what was lost.
+@partial(jax.custom_jvp, nondiff_argnums=(1, 2))
+def softmax_core(x: Float[Array, "..."], axis: ClassAxis, written: bool = True) -> Float[Array, "..."]:
+    """Softmax in the dtype that is computed in; `written` if an array of it is needed in any case."""
+    m = axis.max(converted_apart(x))
+    total = _sum_exp(x, m, axis, written)
+    x = to_compute_dtype(x)
     d = difference(x, m)
-    back = d - x
-    lost = (x - (d - back)) - (m + back)
-    lost = jnp.where((d < 0.0) & (d > -1000.0), lost, 0.0)  # below, exp is 0 anyway, and infinities make NaNs
-    return jnp.exp(d) * (1.0 + lost) / total
+    # Half an ulp of a difference of 80 is 4e-6, a relative error of that size in its exponential. Two-sum recovers
+    # what was lost. Far down, where exp is 0 anyway, d and x are held so that no infinities meet.
+    floor = jnp.maximum(m - 1000.0 - 0.01 * jnp.abs(m), jnp.finfo(x.dtype).min)
+    near, x = jnp.maximum(d, -1000.0), jnp.maximum(x, floor)
+    back = near - x
+    lost = (x - (near - back)) - (m + back)
+    # As a quotient, or XLA would write out the exponentials as well, and compute what is left to do twice.
+    return jnp.exp(d) / (total * (1.0 - lost))
 
 
 @softmax_core.defjvp
-def _softmax_jvp(axis: ClassAxis, primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
-    p = softmax_core(primals[0], axis)
-    return p, p * centred_tangent(p, tangents[0], axis)
+def _softmax_jvp(
+    axis: ClassAxis, written: bool, primals: tuple[Array], tangents: tuple[Array]
+) -> tuple[Array, Array]:
+    p = softmax_core(primals[0], axis, written)
+    return p, softmax_tangent(p, to_compute_dtype(tangents[0]), axis)
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(1,))
@@ -223,20 +235,21 @@ class _Parts(NamedTuple):
 @partial(jax.custom_jvp, nondiff_argnums=(1,))
 def log_softmax_parts(x: Float[Array, "..."], axis: ClassAxis) -> _Parts:
     m = axis.max(converted_apart(x))
-    others = sum_exp_except(x, m, _first_largest(x, axis), axis)
+    others = _sum_exp_but_largest(x, m, axis)
     total = jax.lax.optimization_barrier(1.0 + others)
     log_total = log_near_one(total, others)
     others, total, log_total = (jnp.expand_dims(value, axis.index) for value in (others, total, log_total))
     log_total = jnp.where(m == jnp.inf, jnp.nan, log_total)  # softmax is undefined beside +inf
+    inverse = 1.0 / total
     d = difference(to_compute_dtype(x), m)
-    return _Parts(d - log_total, jnp.exp(d) / total, others / total)  # p and rest round d alike, and sum to 1
+    return _Parts(d - log_total, _exp_difference(x, m) * inverse, others * inverse)
 
 
 @log_softmax_parts.defjvp
 def _log_softmax_parts_jvp(axis: ClassAxis, primals: tuple[Array], tangents: tuple[Array]) -> tuple[_Parts, _Parts]:
     (x,), (t,) = primals, tangents
     parts, t = log_softmax_parts(x, axis), to_compute_dtype(t)
-    dp = parts.p * centred_tangent(parts.p, t, axis)
+    dp = softmax_tangent(parts.p, t, axis)
     of_rest = axis.sum(jnp.where(dominant_class(x, parts, axis), 0.0, dp), keepdims=True)
     return parts, _Parts(_log_softmax_tangent(x, parts, t, axis), dp, of_rest)
 
@@ -244,21 +257,33 @@ def _log_softmax_parts_jvp(axis: ClassAxis, primals: tuple[Array], tangents: tup
 def _log_softmax_tangent(
     x: Float[Array, "..."], parts: _Parts, t: Float[Array, "..."], axis: ClassAxis
 ) -> Float[Array, "..."]:
-    """`centred_tangent` with sums of `t` alone, so that the transpose sums the cotangent alone, twice at once."""
+    """`t - sum(p * t)`, as in `softmax_tangent`; here the transpose sums the cotangent alone, twice at once."""
     dominant = dominant_class(x, parts, axis)
     own = axis.sum(jnp.where(dominant, t, 0.0), keepdims=True)
+    own = jnp.where(
+        parts.rest < 0.5, own, 0.0
+    )  # as it is; in the transpose, XLA would write a sum out for all classes
     mean = axis.sum(parts.p * jnp.where(dominant, 0.0, t), keepdims=True) - parts.rest * own  # relative to `own`
-    return jnp.where(dominant, 0.0, t - own) - mean
+    return _relative(t, own, dominant, axis) - mean
+
+
+def _relative(
+    t: Float[Array, "..."], own: Float[Array, "..."], dominant: Bool[Array, "..."], axis: ClassAxis
+) -> Float[Array, "..."]:
+    """Tangents relative to that of the dominant class, whose own is an exact zero."""
+    if not _is_by_index(t, axis):
+        return jnp.where(dominant, 0.0, t - own)
+    own = jnp.squeeze(own, axis.index)  # unrolled for the transpose, see `_sum_exp_but_largest`
+    of_others = [jnp.where(is_dominant, 0.0, own) for is_dominant in each_class(dominant, axis)]
+    return jnp.where(dominant, 0.0, t) - jnp.stack(of_others, axis.index)
 
 
 def dominant_class(x: Float[Array, "..."], parts: _Parts, axis: ClassAxis) -> Bool[Array, "..."]:
-    """Mask of the class with more than half of the probability. By its index, since `p > 0.5` would write p out."""
-    return axis.one_hot(_first_largest(x, axis), x) & (parts.rest < 0.5)
-
-
-def _first_largest(x: Float[Array, "..."], axis: ClassAxis) -> Integer[Array, "..."]:
-    x = jax.lax.stop_gradient(converted_apart(x))
-    return axis.argmax(x, axis.max(x))
+    """Mask of the class with more than half of the probability. By its logit, since `p > 0.5` would write p out."""
+    x = jax.lax.stop_gradient(x)
+    if _is_by_index(x, axis):
+        return axis.one_hot(jnp.argmax(to_compute_dtype(x), axis.index), x) & (parts.rest < 0.5)
+    return (to_compute_dtype(x) == axis.max(converted_apart(x))) & (parts.rest < 0.5)
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(1,))
@@ -270,21 +295,26 @@ def logsumexp_core(x: Float[Array, "..."], axis: ClassAxis) -> Float[Array, "...
 
 @logsumexp_core.defjvp
 def _logsumexp_jvp(axis: ClassAxis, primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
-    p = softmax_core(primals[0], axis)
+    p = softmax_core(primals[0], axis, False)
     return logsumexp_core(primals[0], axis), axis.sum(p * tangents[0])
 
 
-def centred_tangent(p: Float[Array, "..."], t: Float[Array, "..."], axis: ClassAxis) -> Float[Array, "..."]:
-    """`t - sum(p * t)`, which is the tangent of log_softmax.
+def softmax_tangent(p: Float[Array, "..."], t: Float[Array, "..."], axis: ClassAxis) -> Float[Array, "..."]:
+    """`p * (t - sum(p * t))`.
 
     If one class holds more than half of the probability, tangents are first taken relative to its own. That class
     is masked to an exact zero: with `t - t` there instead, the transpose would add 1 and subtract it again, and
     round the small remainder away.
     """
     dominant = p > 0.5
-    relative = t - axis.sum(jnp.where(dominant, t, 0.0), keepdims=True)
-    relative = jnp.where(dominant, 0.0, relative)
-    return relative - axis.sum(p * relative, keepdims=True)
+    own = axis.sum(jnp.where(dominant, t, 0.0), keepdims=True)
+    largest = axis.max(p) if axis.is_whole(p) and not axis.names else None  # which is not worth a collective
+    own = own if largest is None else jnp.where(largest > 0.5, own, 0.0)  # as it is, see `_log_softmax_tangent`
+    relative = _relative(t, own, dominant, axis)
+    mean = axis.sum(p * relative, keepdims=True)
+    mean = mean if largest is None else jnp.where(largest > 0.0, mean, 0.0)  # likewise
+    # The barrier keeps the transpose's two products of p and the cotangent apart, of which one is only summed.
+    return p * relative - jax.lax.optimization_barrier(p) * mean
 
 
 def difference(x: Float[Array, "..."], m: Float[Array, "..."]) -> Float[Array, "..."]:
@@ -296,6 +326,12 @@ def difference(x: Float[Array, "..."], m: Float[Array, "..."]) -> Float[Array, "
     return jnp.where(x == m, 0.0, x - m)
 
 
+def _exp_difference(x: Float[Array, "..."], m: Float[Array, "..."]) -> Float[Array, "..."]:
+    """`exp(difference(x, m))`, so written that XLA does not write the difference out for two users."""
+    x = to_compute_dtype(x)
+    return jnp.exp(jnp.where(x == m, 0.0, x + -m))
+
+
 def log_near_one(total: Float[Array, "..."], excess: Float[Array, "..."]) -> Float[Array, "..."]:
     """`log1p(excess)`, given `total = 1 + excess` as rounded; Kahan's form (XLA's log1p is a slow call on CPUs).
 
@@ -303,6 +339,17 @@ def log_near_one(total: Float[Array, "..."], excess: Float[Array, "..."]) -> Flo
     """
     exact = total == 1.0
     return jnp.where(exact, excess, jnp.log(total) * (excess / jnp.where(exact, 1.0, total - 1.0)))
+
+
+def _sum_exp(x: Float[Array, "..."], m: Float[Array, "..."], axis: ClassAxis, written: bool) -> Float[Array, "..."]:
+    """Sum of `exp(x - m)` over all classes, with the axis kept; `written` if the exponentials may be written out."""
+    if not written or (is_half(x) and x.shape[axis.index] > 1024):
+        x, of_sum = jax.lax.optimization_barrier((x, m))  # or XLA's CPU backend would write out what others use, too
+        total = jnp.minimum(axis.sum(jnp.exp(converted_apart(x) - of_sum), keepdims=True), axis.size(x))
+    else:
+        total = jnp.expand_dims(sum_exps(jnp.exp(difference(to_compute_dtype(x), m)), axis), axis.index)
+    # At least one, whatever fma makes of the largest class (see `difference`).
+    return jnp.where(m == -jnp.inf, jnp.nan, jnp.maximum(total, 1.0))
 
 
 def sum_exp_except(
@@ -318,11 +365,11 @@ def _sum_exp_except(
 ) -> Float[Array, "..."]:
     """The same over the classes in `x` alone, with `index` counted among them; it may lie outside."""
     classes = x.shape[axis.index]
-    if classes <= FEW and axis.is_whole(x):
+    if axis.is_short(x):
         # Unrolled, XLA makes one pass over the rows of it, where a masked sum over the axis takes two.
         largest, total = jnp.squeeze(m, axis.index), jnp.zeros(index.shape, m.dtype)
         for k, of_class in enumerate(each_class(x, axis)):
-            total += jnp.where(index == k, 0.0, jnp.exp(of_class - largest))
+            total += jnp.where(index == k, 0.0, jnp.exp(to_compute_dtype(of_class) - largest))
         return total
     block = _block_size(classes)
     short = is_half(x) and classes <= 1024  # stays in the cache
@@ -344,10 +391,52 @@ def _sum_exp_except(
     return rest + jnp.where((index >= 0) & (index < classes), own, 0.0)
 
 
-def each_class(x: Float[Array, "..."], axis: ClassAxis) -> list[Float[Array, "..."]]:
-    """The logits of one class after the other, in the dtype that is computed in."""
-    classes = (jax.lax.index_in_dim(x, k, axis.index, keepdims=False) for k in range(x.shape[axis.index]))
-    return [to_compute_dtype(of_class) for of_class in classes]
+def _is_by_index(x: Float[Array, "..."], axis: ClassAxis) -> bool:
+    """Whether to tell the largest class by its index, which unrolled sums do best."""
+    return axis.is_short(x) and x.shape[axis.index] > 0 and axis.index == x.ndim - 1 and not axis.names
+
+
+def _sum_exp_but_largest(x: Float[Array, "..."], m: Float[Array, "..."], axis: ClassAxis) -> Float[Array, "..."]:
+    """Sum of `exp(x - m)` over all classes but the largest, or but one of those that are.
+
+    A sum over all classes, less 1, will do where it is not near 1. Where it is, no class comes near the largest,
+    which then is told by its logit.
+    """
+    classes = x.shape[axis.index]
+    if _is_by_index(x, axis):
+        # Unrolled, XLA makes one pass over the rows of it, where a masked sum over the axis takes two.
+        e, first = _exp_difference(x, m), jnp.argmax(to_compute_dtype(x), axis.index)
+        total = jnp.zeros(first.shape, m.dtype)
+        for k, e_k in enumerate(each_class(e, axis)):
+            total += jnp.where(first == k, 0.0, e_k)
+        return total
+    block = _block_size(classes)
+    if block is None or is_half(x) or axis.index != x.ndim - 1 or axis.names or not axis.is_whole(x):
+        # Each sum has logits and maxima of its own, or XLA's CPU backend would write out what they share.
+        x, m = jax.lax.optimization_barrier((x, m))
+        every = axis.sum(jnp.exp(converted_apart(x) - m))
+        x, m = jax.lax.optimization_barrier((x, m))
+        t = converted_apart(x) - m
+        if classes <= 1024:
+            others = axis.sum(jnp.where(converted_apart(x) == m, 0.0, jnp.exp(t)))  # written out, but in the cache
+        else:
+            # The exponential of the largest is 0, though t be no more than nearly 0 (see `difference`).
+            others = axis.sum(jnp.exp(jnp.minimum(t, -4000.0 * (t + 0.4))))
+    else:
+        blocks = x.reshape(*x.shape[:-1], classes // block, block)
+        sums = jnp.minimum(jnp.sum(jnp.exp(blocks - m[..., None]), -1), block)  # see `sum_exps`
+        every = jnp.sum(sums, -1)
+        position = jax.lax.broadcasted_iota(jnp.int32, sums.shape, axis.index)
+        largest = jnp.min(jnp.where(sums == jnp.max(sums, -1, keepdims=True), position, classes), -1, keepdims=True)
+        own = jnp.take_along_axis(blocks, largest[..., None], -2, mode="clip")[..., 0, :]
+        others = jnp.sum(jnp.where(position == largest, 0.0, sums), -1)
+        others += jnp.sum(jnp.where(own == m, 0.0, jnp.exp(own - m)), -1)
+    return jnp.where(every < 1.5, others, jnp.minimum(every, axis.size(x)) - 1.0)
+
+
+def each_class(x: Array, axis: ClassAxis) -> list[Array]:
+    """One class after the other."""
+    return [jax.lax.index_in_dim(x, k, axis.index, keepdims=False) for k in range(x.shape[axis.index])]
 
 
 def sum_exps(e: Float[Array, "..."], axis: ClassAxis) -> Float[Array, "..."]:
@@ -381,7 +470,7 @@ def _block_size(classes: int) -> int | None:
     divisors = [b for b in range(16, min(classes, 1025)) if classes % b == 0 and not 8 < classes // b < 40]
     whole_vectors = [b for b in divisors if b % 8 == 0]
     return (
-        min(whole_vectors or divisors, key=lambda b: abs(log(b * b / classes)), default=None)
+        min(whole_vectors or divisors, key=lambda b: abs(log(b * b / max(classes, 2500))), default=None)
         if classes > 200
         else None
     )
