@@ -31,7 +31,6 @@ from ._softmax import (
     converted_apart,
     difference,
     each_class,
-    exp_minus_max,
     hide_classes,
     is_half,
     log_near_one,
@@ -199,7 +198,7 @@ class _How(NamedTuple):
 def _label_loss(x: Float[Array, "..."], y: Integer[Array, "..."], axis: ClassAxis, how: _How) -> Float[Array, "..."]:
     """`-log p_y` of each example, or what smoothing makes of it."""
     m = axis.max(converted_apart(x))
-    return _loss_of_parts(x, _parts(x, y, m, sum_exp_except(x, m, y, axis), axis), axis, how.smoothing)
+    return _loss_of_parts(x, _parts(x, y, m, sum_exp_except(x, m, y, axis, how.in_place), axis), axis, how.smoothing)
 
 
 @_label_loss.defjvp
@@ -218,10 +217,10 @@ def _loss_and_gradient(
     m = axis.max(converted_apart(x))
     label = axis.one_hot(y, x)
     if how.in_place or axis.is_short(x):
-        others = sum_exp_except(x, m, y, axis)
+        others = sum_exp_except(x, m, y, axis, how.in_place)
         e = jnp.where(label, 0.0, jnp.exp(to_compute_dtype(x) - m))
     else:  # written out where the gradient will be, and summed there
-        e = jnp.where(label, 0.0, exp_minus_max(x, m, axis))
+        e = jnp.where(label, 0.0, jnp.exp(to_compute_dtype(x) - m))
         others = sum_exps(e, axis)
     parts = _parts(x, y, m, others, axis)
     others, at_label, total = (

@@ -343,7 +343,7 @@ def log_near_one(total: Float[Array, "..."], excess: Float[Array, "..."]) -> Flo
 
 def _sum_exp(x: Float[Array, "..."], m: Float[Array, "..."], axis: ClassAxis, written: bool) -> Float[Array, "..."]:
     """Sum of `exp(x - m)` over all classes, with the axis kept; `written` if the exponentials may be written out."""
-    if not written or (is_half(x) and x.shape[axis.index] > 1024):
+    if not written or (is_half(x) and not _fits_cache(x)):
         x, of_sum = jax.lax.optimization_barrier((x, m))  # or XLA's CPU backend would write out what others use, too
         total = jnp.minimum(axis.sum(jnp.exp(converted_apart(x) - of_sum), keepdims=True), axis.size(x))
     else:
@@ -353,15 +353,16 @@ def _sum_exp(x: Float[Array, "..."], m: Float[Array, "..."], axis: ClassAxis, wr
 
 
 def sum_exp_except(
-    x: Float[Array, "..."], m: Float[Array, "..."], index: Integer[Array, "..."], axis: ClassAxis
+    x: Float[Array, "..."], m: Float[Array, "..."], index: Integer[Array, "..."], axis: ClassAxis, in_place: bool
 ) -> Float[Array, "..."]:
     """Sum of `exp(x - m)` over all classes but `index`, which is left out rather than subtracted."""
     # No term exceeds 1, but fma (see `difference`) may overflow logits beyond 1e9; a mask here would cost a third.
-    return jnp.minimum(axis.total(_sum_exp_except(x, m, axis.local(index, x), axis)), axis.size(x))
+    of_part = _sum_exp_except(x, m, axis.local(index, x), axis, in_place)
+    return jnp.minimum(axis.total(of_part), axis.size(x))
 
 
 def _sum_exp_except(
-    x: Float[Array, "..."], m: Float[Array, "..."], index: Integer[Array, "..."], axis: ClassAxis
+    x: Float[Array, "..."], m: Float[Array, "..."], index: Integer[Array, "..."], axis: ClassAxis, in_place: bool
 ) -> Float[Array, "..."]:
     """The same over the classes in `x` alone, with `index` counted among them; it may lie outside."""
     classes = x.shape[axis.index]
@@ -371,24 +372,24 @@ def _sum_exp_except(
         for k, of_class in enumerate(each_class(x, axis)):
             total += jnp.where(index == k, 0.0, jnp.exp(to_compute_dtype(of_class) - largest))
         return total
+    large = (in_place or not _fits_cache(x)) and axis.index == x.ndim - 1 and axis.is_whole(x)
     block = _block_size(classes)
-    short = is_half(x) and classes <= 1024  # stays in the cache
-    if block is None or short or axis.index != x.ndim - 1 or not axis.is_whole(x):
-        e = exp_minus_max(x, m, axis)
-        return jnp.sum(jnp.where(one_hot(index, x.shape, axis.index), 0.0, e), axis.index)
-    if is_half(x):
+    if large and is_half(x):
         # Blocks would not be fused with the conversion, but a product is. Positions up to 2**24 are exact.
         e = jnp.exp(to_compute_dtype(x) - m)
         position = jax.lax.broadcasted_iota(m.dtype, x.shape, axis.index)
         away = jnp.abs(position - jnp.expand_dims(index, axis.index).astype(m.dtype))
         return jnp.sum(e * jnp.minimum(away, 1.0), axis.index)
-    blocks = x.reshape(*x.shape[:-1], classes // block, block)
-    sums = jnp.sum(jnp.exp(blocks - m[..., None]), -1)
-    of_index = index // block
-    rest = jnp.sum(jnp.where(one_hot(of_index, sums.shape, axis.index), 0.0, sums), -1)
-    own = jnp.take_along_axis(blocks, of_index[..., None, None], -2, mode="clip")[..., 0, :]
-    own = jnp.sum(jnp.where(one_hot(index % block, own.shape, axis.index), 0.0, jnp.exp(own - m)), -1)
-    return rest + jnp.where((index >= 0) & (index < classes), own, 0.0)
+    if large and block is not None:
+        blocks = x.reshape(*x.shape[:-1], classes // block, block)
+        sums = jnp.sum(jnp.exp(blocks - m[..., None]), -1)
+        of_index = index // block
+        rest = jnp.sum(jnp.where(one_hot(of_index, sums.shape, axis.index), 0.0, sums), -1)
+        own = jnp.take_along_axis(blocks, of_index[..., None, None], -2, mode="clip")[..., 0, :]
+        own = jnp.sum(jnp.where(one_hot(index % block, own.shape, axis.index), 0.0, jnp.exp(own - m)), -1)
+        return rest + jnp.where((index >= 0) & (index < classes), own, 0.0)
+    e = jnp.exp(to_compute_dtype(x) - m)
+    return jnp.sum(jnp.where(one_hot(index, x.shape, axis.index), 0.0, e), axis.index)
 
 
 def _is_by_index(x: Float[Array, "..."], axis: ClassAxis) -> bool:
@@ -417,14 +418,15 @@ def _sum_exp_but_largest(x: Float[Array, "..."], m: Float[Array, "..."], axis: C
         every = axis.sum(jnp.exp(converted_apart(x) - m))
         x, m = jax.lax.optimization_barrier((x, m))
         t = converted_apart(x) - m
-        if classes <= 1024:
-            others = axis.sum(jnp.where(converted_apart(x) == m, 0.0, jnp.exp(t)))  # written out, but in the cache
+        if _fits_cache(x):
+            others = axis.sum(jnp.where(converted_apart(x) == m, 0.0, jnp.exp(t)))
         else:
             # The exponential of the largest is 0, though t be no more than nearly 0 (see `difference`).
             others = axis.sum(jnp.exp(jnp.minimum(t, -4000.0 * (t + 0.4))))
     else:
         blocks = x.reshape(*x.shape[:-1], classes // block, block)
-        sums = jnp.minimum(jnp.sum(jnp.exp(blocks - m[..., None]), -1), block)  # see `sum_exps`
+        # Without the minimum, XLA would make one long sum of this one and the next.
+        sums = jnp.minimum(jnp.sum(jnp.exp(blocks - m[..., None]), -1), block)
         every = jnp.sum(sums, -1)
         position = jax.lax.broadcasted_iota(jnp.int32, sums.shape, axis.index)
         largest = jnp.min(jnp.where(sums == jnp.max(sums, -1, keepdims=True), position, classes), -1, keepdims=True)
@@ -441,23 +443,12 @@ def each_class(x: Array, axis: ClassAxis) -> list[Array]:
 
 def sum_exps(e: Float[Array, "..."], axis: ClassAxis) -> Float[Array, "..."]:
     """Sum of exponentials of at most 1 each, whatever fma makes of them (see `difference`)."""
-    block = _block_size(e.shape[axis.index])
-    if block is None or axis.index != e.ndim - 1 or not axis.is_whole(e):
-        return jnp.minimum(axis.sum(e), axis.size(e))
-    sums = jnp.sum(e.reshape(*e.shape[:-1], -1, block), -1)
-    return axis.total(jnp.sum(jnp.minimum(sums, block), -1))  # without the minimum, XLA makes one long sum of both
+    return jnp.minimum(axis.sum(e), axis.size(e))
 
 
-def exp_minus_max(x: Float[Array, "..."], m: Float[Array, "..."], axis: ClassAxis) -> Float[Array, "..."]:
-    """`exp(x - m)`, to be written out.
-
-    XLA's CPU backend hands maximum and exponentials to one fast library call, unless the maximum has another user.
-    So this takes a maximum of its own, in a form that XLA does not recognise as the same. Half-precision logits are
-    better off without, since their conversion would be written out.
-    """
-    if is_half(x) or axis.names or not axis.is_whole(x):
-        return jnp.exp(to_compute_dtype(x) - m)
-    return jnp.exp(x + jnp.min(-x, axis.index, keepdims=True))
+def _fits_cache(x: Float[Array, "..."]) -> bool:
+    """Whether an array of the size of `x` is quickly written out, which XLA's CPU backend does with masked terms."""
+    return x.size <= 2**22
 
 
 def _block_size(classes: int) -> int | None:
@@ -470,7 +461,7 @@ def _block_size(classes: int) -> int | None:
     divisors = [b for b in range(16, min(classes, 1025)) if classes % b == 0 and not 8 < classes // b < 40]
     whole_vectors = [b for b in divisors if b % 8 == 0]
     return (
-        min(whole_vectors or divisors, key=lambda b: abs(log(b * b / max(classes, 2500))), default=None)
+        min(whole_vectors or divisors, key=lambda b: abs(log(b * b / classes)), default=None)
         if classes > 200
         else None
     )
