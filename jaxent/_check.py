@@ -160,18 +160,22 @@ def check_labels(
 
 def _check_range(labels: LabelArray, classes: int, ignore_index: int | None) -> None:
     # Traced labels have no values yet, and a process cannot read what other hosts hold: both give NaN later.
-    if isinstance(labels, Tracer) or (isinstance(labels, jax.Array) and not labels.is_fully_addressable):
+    if isinstance(labels, Tracer):
+        return
+    if jax.process_count() > 1 and isinstance(labels, jax.Array) and not labels.is_fully_addressable:
         return
     # numpy, not jnp: under an outer trace jnp would trace even a concrete array.
     values = np.asarray(labels)
-    if values.dtype.kind in "iu":  # not JAX's int4, which leaves half of a byte unused
-        unsigned = values.view(f"{values.dtype.byteorder}u{values.itemsize}")  # in which the negative ones are huge
-        if np.maximum.reduce(unsigned, axis=None, initial=0) < classes:
-            return
-    wrong = (values < 0) | (values >= classes)
+    if values.dtype.kind not in "iu":
+        values = values.astype(np.int64)  # JAX's int4 and uint4, which leave half of a byte unused
+    unsigned = values.view(f"{values.dtype.byteorder}u{values.itemsize}")  # in which the negative ones are huge
+    limit = classes if values.dtype.kind == "u" else min(classes, 2 ** (8 * values.itemsize - 1))
+    if not unsigned.size or unsigned.item(unsigned.argmax()) < limit:  # a third of the time of `max`
+        return
+    wrong = unsigned >= limit
     if ignore_index is not None:
         wrong &= values != ignore_index
-    if not wrong.any():
+    if not np.count_nonzero(wrong):
         return
     position = tuple(int(i) for i in np.argwhere(wrong)[0])
     place = f"labels[{', '.join(map(str, position))}]" if position else "labels"
