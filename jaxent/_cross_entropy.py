@@ -284,7 +284,8 @@ def _loss_of_parts(x: Float[Array, "..."], parts: _Parts, axis: ClassAxis, smoot
             sum((m - to_compute_dtype(of_class) for of_class in each_class(x, axis)), jnp.zeros_like(m))
         )
     else:
-        x = converted_apart(jax.lax.optimization_barrier(x))  # apart from the maximum's conversion, too
-        gaps = axis.sum(parts.m - x)
+        # Logits and maxima of its own, or XLA's CPU backend would write out what this sum shares with others.
+        x, m = jax.lax.optimization_barrier((x, parts.m))
+        gaps = axis.sum(m - converted_apart(x))
     mean = log_total + gaps / max(axis.size(x), 1)
     return (1.0 - smoothing) * loss + smoothing * mean

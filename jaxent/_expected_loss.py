@@ -55,6 +55,7 @@ def _loss_and_gradient(
     loss, q = expected_nll(parts.log_p, q, axis), to_compute_dtype(q)
     mass = axis.sum(q, keepdims=True)
     of_dominant = axis.sum(jnp.where(dominant, 0.0, q), keepdims=True) - mass * parts.rest
+    of_dominant = jnp.where(parts.rest < 0.5, of_dominant, 0.0)  # or XLA would write this sum out for all classes
     return loss, jnp.where(dominant, of_dominant, mass * parts.p - q)
 
 
