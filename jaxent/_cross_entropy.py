@@ -154,7 +154,7 @@ def cross_entropy_core(
         if not is_half(q) or uniform is not None or weight is not None or x.dtype != jnp.float32:
             q = q.astype(x.dtype)  # and otherwise later, by each user apart
         q = q if uniform is None else (1.0 - label_smoothing) * q + uniform
-        loss = expected_loss(narrow, scale_classes(q, weight, axis), axis)
+        loss = expected_loss(x, scale_classes(q, weight, axis), axis)
         loss = loss if loss_of_all is None else loss + loss_of_all
         loss = loss if empty is None else jnp.where(empty, jnp.inf, loss)
         return reduce_mean_of_all(loss, axis.size(x), reduction)
@@ -163,7 +163,7 @@ def cross_entropy_core(
     loss = _label_loss(narrow, target.label, axis, how)
     if uniform is not None:
         loss = (1.0 - label_smoothing) * loss
-        smooth = expected_loss(narrow, scale_classes(uniform, weight, axis), axis)
+        smooth = expected_loss(x, scale_classes(uniform, weight, axis), axis)
         loss_of_all = smooth if loss_of_all is None else smooth + loss_of_all
     if empty is not None:
         loss = jnp.where(empty, jnp.inf, loss)
@@ -216,12 +216,12 @@ def _loss_and_gradient(
     """`-log p_y` and its derivative `p - one_hot(y)`, where smoothing leaves less of the label."""
     m = axis.max(converted_apart(x))
     label = axis.one_hot(y, x)
-    if how.in_place or axis.is_short(x):
-        others = sum_exp_except(x, m, y, axis, how.in_place)
-        e = jnp.where(label, 0.0, jnp.exp(to_compute_dtype(x) - m))
-    else:  # written out where the gradient will be, and summed there
-        e = jnp.where(label, 0.0, jnp.exp(to_compute_dtype(x) - m))
-        others = sum_exps(e, axis)
+    t = to_compute_dtype(x) - m
+    t = jnp.minimum(t, 0.0) if is_half(x) else t  # see `sum_exp_except`
+    e = jnp.where(label, 0.0, jnp.exp(t))
+    # Unless it must not be, it is written out where the gradient will be, and summed there.
+    apart = how.in_place or axis.is_short(x)
+    others = sum_exp_except(x, m, y, axis, how.in_place) if apart else sum_exps(e, axis)
     parts = _parts(x, y, m, others, axis)
     others, at_label, total = (
         jnp.expand_dims(value, axis.index) for value in (parts.others, parts.at_label, parts.total)

@@ -10,6 +10,7 @@ from jaxtyping import Array, Float
 from ._class_axis import ClassAxis
 from ._nll import expected_nll, known_terms
 from ._softmax import (
+    ALMOST_HALF,
     dominant_class,
     is_perturbed,
     log_softmax_core,
@@ -40,7 +41,7 @@ def _expected_loss_jvp(
 def _tangent(gradient: Array, x: Array, q: Array, x_dot: Any, q_dot: Any, axis: ClassAxis) -> Array:
     terms = []
     if is_perturbed(x_dot):
-        terms.append(axis.sum(gradient * to_compute_dtype(x_dot)))
+        terms.append(axis.sum(gradient * x_dot))
     if is_perturbed(q_dot):
         terms.append(-axis.sum(known_terms(log_softmax_core(x, axis), q) * q_dot))
     return sum(terms[1:], terms[0])
@@ -55,7 +56,9 @@ def _loss_and_gradient(
     loss, q = expected_nll(parts.log_p, q, axis), to_compute_dtype(q)
     mass = axis.sum(q, keepdims=True)
     of_dominant = axis.sum(jnp.where(dominant, 0.0, q), keepdims=True) - mass * parts.rest
-    of_dominant = jnp.where(parts.rest < 0.5, of_dominant, 0.0)  # or XLA would write this sum out for all classes
+    of_dominant = jnp.where(
+        parts.rest < ALMOST_HALF, of_dominant, 0.0
+    )  # or XLA would write the sum out for all classes
     return loss, jnp.where(dominant, of_dominant, mass * parts.p - q)
 
 
@@ -65,11 +68,11 @@ def _loss_and_gradient_jvp(
 ) -> tuple[tuple[Array, Array], tuple[Array, Array]]:
     (x, q), (x_dot, q_dot) = primals, tangents
     loss, gradient = _loss_and_gradient(x, q, axis)
-    p = softmax_core(to_compute_dtype(x), axis)
+    p = softmax_core(x, axis)
     terms = []
     if is_perturbed(x_dot):
         mass = axis.sum(to_compute_dtype(q), keepdims=True)
-        terms.append(mass * softmax_tangent(p, to_compute_dtype(x_dot), axis))
+        terms.append(mass * softmax_tangent(p, x_dot, axis))
     if is_perturbed(q_dot):
         q_dot, dominant = to_compute_dtype(q_dot), p > 0.5
         mass_dot = axis.sum(q_dot, keepdims=True)

@@ -26,6 +26,10 @@ from ._check import (
 )
 from ._class_axis import ClassAxis, one_hot
 
+# A class that leaves less than this to the others is certainly the only largest, though rounding moved the shares of
+# several by a little. One that leaves more does without the care that a dominant class needs.
+ALMOST_HALF = 0.4
+
 
 def softmax(
     logits: FloatArray,
@@ -125,29 +129,20 @@ def _check(
 def _softmax(
     logits: FloatArray, where: BoolArray | None, axis: ClassAxis, dtype: DTypeLike | None
 ) -> Float[Array, "..."]:
-    x, dtype = _cast(logits, dtype)
-    shown, keep, _ = hide_classes(x, where, axis)
-    p = softmax_core(shown, axis)
-    return (p if keep is None else jnp.where(keep, p, 0.0)).astype(dtype)
-
-
-def _cast(logits: FloatArray, dtype: DTypeLike | None) -> tuple[Float[Array, "..."], DTypeLike]:
-    """Logits in `dtype`, and what that is. The arithmetic itself turns half precision into float32."""
-    x = jnp.asarray(logits)
-    if dtype is not None and is_half(x) and jnp.dtype(dtype) == jnp.float32:
-        return x, dtype
-    x = jnp.asarray(x, dtype)
-    return x, x.dtype
+    x = jnp.asarray(logits, dtype)
+    wide, keep, _ = hide_classes(to_compute_dtype(x), where, axis)
+    p = softmax_core(wide, axis)
+    return (p if keep is None else jnp.where(keep, p, 0.0)).astype(x.dtype)
 
 
 @partial(jax.jit, static_argnums=(2, 3))
 def _log_softmax(
     logits: FloatArray, where: BoolArray | None, axis: ClassAxis, dtype: DTypeLike | None
 ) -> Float[Array, "..."]:
-    x, dtype = _cast(logits, dtype)
-    shown, keep, _ = hide_classes(x, where, axis)
-    log_p = log_softmax_core(shown, axis)
-    return (log_p if keep is None else jnp.where(keep, log_p, -jnp.inf)).astype(dtype)
+    x = jnp.asarray(logits, dtype)
+    wide, keep, _ = hide_classes(to_compute_dtype(x), where, axis)
+    log_p = log_softmax_core(wide, axis)
+    return (log_p if keep is None else jnp.where(keep, log_p, -jnp.inf)).astype(x.dtype)
 
 
 def is_perturbed(tangent: Any) -> bool:
@@ -189,10 +184,9 @@ def hide_classes(
 
 @partial(jax.custom_jvp, nondiff_argnums=(1, 2))
 def softmax_core(x: Float[Array, "..."], axis: ClassAxis, written: bool = True) -> Float[Array, "..."]:
-    """Softmax in the dtype that is computed in; `written` if an array of it is needed in any case."""
-    m = axis.max(converted_apart(x))
+    """Softmax of float32 or float64 logits; `written` if an array of it is needed in any case."""
+    m = axis.max(x)
     total = _sum_exp(x, m, axis, written)
-    x = to_compute_dtype(x)
     d = difference(x, m)
     # Half an ulp of a difference of 80 is 4e-6, a relative error of that size in its exponential. Two-sum recovers
     # what was lost. Far down, where exp is 0 anyway, d and x are held so that no infinities meet.
@@ -209,19 +203,19 @@ def _softmax_jvp(
     axis: ClassAxis, written: bool, primals: tuple[Array], tangents: tuple[Array]
 ) -> tuple[Array, Array]:
     p = softmax_core(primals[0], axis, written)
-    return p, softmax_tangent(p, to_compute_dtype(tangents[0]), axis)
+    return p, softmax_tangent(p, tangents[0], axis)
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(1,))
 def log_softmax_core(x: Float[Array, "..."], axis: ClassAxis) -> Float[Array, "..."]:
-    """Log-softmax in the dtype that is computed in."""
+    """Log-softmax of float32 or float64 logits."""
     return log_softmax_parts(x, axis).log_p
 
 
 @log_softmax_core.defjvp
 def _log_softmax_jvp(axis: ClassAxis, primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
     parts = log_softmax_parts(primals[0], axis)
-    return parts.log_p, _log_softmax_tangent(primals[0], parts, to_compute_dtype(tangents[0]), axis)
+    return parts.log_p, _log_softmax_tangent(primals[0], parts, tangents[0], axis)
 
 
 class _Parts(NamedTuple):
@@ -234,21 +228,21 @@ class _Parts(NamedTuple):
 
 @partial(jax.custom_jvp, nondiff_argnums=(1,))
 def log_softmax_parts(x: Float[Array, "..."], axis: ClassAxis) -> _Parts:
-    m = axis.max(converted_apart(x))
-    others = _sum_exp_but_largest(x, m, axis)
+    m = axis.max(x)
+    # Softmax is undefined beside +inf, and of nothing but -inf.
+    others = jnp.where(jnp.isfinite(jnp.squeeze(m, axis.index)), _sum_exp_but_largest(x, m, axis), jnp.nan)
     total = jax.lax.optimization_barrier(1.0 + others)
     log_total = log_near_one(total, others)
     others, total, log_total = (jnp.expand_dims(value, axis.index) for value in (others, total, log_total))
-    log_total = jnp.where(m == jnp.inf, jnp.nan, log_total)  # softmax is undefined beside +inf
     inverse = 1.0 / total
-    d = difference(to_compute_dtype(x), m)
+    d = difference(x, m)
     return _Parts(d - log_total, _exp_difference(x, m) * inverse, others * inverse)
 
 
 @log_softmax_parts.defjvp
 def _log_softmax_parts_jvp(axis: ClassAxis, primals: tuple[Array], tangents: tuple[Array]) -> tuple[_Parts, _Parts]:
     (x,), (t,) = primals, tangents
-    parts, t = log_softmax_parts(x, axis), to_compute_dtype(t)
+    parts = log_softmax_parts(x, axis)
     dp = softmax_tangent(parts.p, t, axis)
     of_rest = axis.sum(jnp.where(dominant_class(x, parts, axis), 0.0, dp), keepdims=True)
     return parts, _Parts(_log_softmax_tangent(x, parts, t, axis), dp, of_rest)
@@ -260,9 +254,8 @@ def _log_softmax_tangent(
     """`t - sum(p * t)`, as in `softmax_tangent`; here the transpose sums the cotangent alone, twice at once."""
     dominant = dominant_class(x, parts, axis)
     own = axis.sum(jnp.where(dominant, t, 0.0), keepdims=True)
-    own = jnp.where(
-        parts.rest < 0.5, own, 0.0
-    )  # as it is; in the transpose, XLA would write a sum out for all classes
+    # As it is; without this select, XLA would write the transpose's sum out for all classes.
+    own = jnp.where(parts.rest < ALMOST_HALF, own, 0.0)
     mean = axis.sum(parts.p * jnp.where(dominant, 0.0, t), keepdims=True) - parts.rest * own  # relative to `own`
     return _relative(t, own, dominant, axis) - mean
 
@@ -279,11 +272,11 @@ def _relative(
 
 
 def dominant_class(x: Float[Array, "..."], parts: _Parts, axis: ClassAxis) -> Bool[Array, "..."]:
-    """Mask of the class with more than half of the probability. By its logit, since `p > 0.5` would write p out."""
+    """Mask of the class with well over half of the probability. By its logit, since `p > 0.5` would write p out."""
     x = jax.lax.stop_gradient(x)
     if _is_by_index(x, axis):
-        return axis.one_hot(jnp.argmax(to_compute_dtype(x), axis.index), x) & (parts.rest < 0.5)
-    return (to_compute_dtype(x) == axis.max(converted_apart(x))) & (parts.rest < 0.5)
+        return axis.one_hot(jnp.argmax(x, axis.index), x) & (parts.rest < ALMOST_HALF)
+    return (x == axis.max(x)) & (parts.rest < ALMOST_HALF)
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(1,))
@@ -328,7 +321,6 @@ def difference(x: Float[Array, "..."], m: Float[Array, "..."]) -> Float[Array, "
 
 def _exp_difference(x: Float[Array, "..."], m: Float[Array, "..."]) -> Float[Array, "..."]:
     """`exp(difference(x, m))`, so written that XLA does not write the difference out for two users."""
-    x = to_compute_dtype(x)
     return jnp.exp(jnp.where(x == m, 0.0, x + -m))
 
 
@@ -343,13 +335,18 @@ def log_near_one(total: Float[Array, "..."], excess: Float[Array, "..."]) -> Flo
 
 def _sum_exp(x: Float[Array, "..."], m: Float[Array, "..."], axis: ClassAxis, written: bool) -> Float[Array, "..."]:
     """Sum of `exp(x - m)` over all classes, with the axis kept; `written` if the exponentials may be written out."""
-    if not written or (is_half(x) and not _fits_cache(x)):
-        x, of_sum = jax.lax.optimization_barrier((x, m))  # or XLA's CPU backend would write out what others use, too
-        total = jnp.minimum(axis.sum(jnp.exp(converted_apart(x) - of_sum), keepdims=True), axis.size(x))
+    if written:
+        total = jnp.expand_dims(sum_exps(jnp.exp(difference(x, m)), axis), axis.index)
     else:
-        total = jnp.expand_dims(sum_exps(jnp.exp(difference(to_compute_dtype(x), m)), axis), axis.index)
-    # At least one, whatever fma makes of the largest class (see `difference`).
-    return jnp.where(m == -jnp.inf, jnp.nan, jnp.maximum(total, 1.0))
+        x, of_sum = jax.lax.optimization_barrier((x, m))  # or XLA's CPU backend would write out what others use, too
+        total = _at_most(axis.sum(jnp.exp(x - of_sum), keepdims=True), axis.size(x))
+    # At least one, whatever fma makes of the largest class (see `difference`). Of nothing but -inf it is undefined.
+    return jnp.where(m == -jnp.inf, jnp.nan, jnp.where(total < 1.0, 1.0, total))
+
+
+def _at_most(total: Float[Array, "..."], bound: float) -> Float[Array, "..."]:
+    """The smaller of both, or NaN, which XLA's CPU backend may lose in a minimum."""
+    return jnp.where(total > bound, bound, total)
 
 
 def sum_exp_except(
@@ -358,7 +355,7 @@ def sum_exp_except(
     """Sum of `exp(x - m)` over all classes but `index`, which is left out rather than subtracted."""
     # No term exceeds 1, but fma (see `difference`) may overflow logits beyond 1e9; a mask here would cost a third.
     of_part = _sum_exp_except(x, m, axis.local(index, x), axis, in_place)
-    return jnp.minimum(axis.total(of_part), axis.size(x))
+    return _at_most(axis.total(of_part), axis.size(x))
 
 
 def _sum_exp_except(
@@ -375,8 +372,9 @@ def _sum_exp_except(
     large = (in_place or not _fits_cache(x)) and axis.index == x.ndim - 1 and axis.is_whole(x)
     block = _block_size(classes)
     if large and is_half(x):
-        # Blocks would not be fused with the conversion, but a product is. Positions up to 2**24 are exact.
-        e = jnp.exp(to_compute_dtype(x) - m)
+        # Blocks would not be fused with the conversion, but a product is. Positions up to 2**24 are exact. No term is
+        # above 1 even if the caller's jit makes the logits and XLA leaves out their rounding, but not the maximum's.
+        e = jnp.exp(jnp.minimum(to_compute_dtype(x) - m, 0.0))
         position = jax.lax.broadcasted_iota(m.dtype, x.shape, axis.index)
         away = jnp.abs(position - jnp.expand_dims(index, axis.index).astype(m.dtype))
         return jnp.sum(e * jnp.minimum(away, 1.0), axis.index)
@@ -406,34 +404,33 @@ def _sum_exp_but_largest(x: Float[Array, "..."], m: Float[Array, "..."], axis: C
     classes = x.shape[axis.index]
     if _is_by_index(x, axis):
         # Unrolled, XLA makes one pass over the rows of it, where a masked sum over the axis takes two.
-        e, first = _exp_difference(x, m), jnp.argmax(to_compute_dtype(x), axis.index)
+        e, first = _exp_difference(x, m), jnp.argmax(x, axis.index)
         total = jnp.zeros(first.shape, m.dtype)
         for k, e_k in enumerate(each_class(e, axis)):
             total += jnp.where(first == k, 0.0, e_k)
         return total
     block = _block_size(classes)
-    if block is None or is_half(x) or axis.index != x.ndim - 1 or axis.names or not axis.is_whole(x):
-        # Each sum has logits and maxima of its own, or XLA's CPU backend would write out what they share.
-        x, m = jax.lax.optimization_barrier((x, m))
-        every = axis.sum(jnp.exp(converted_apart(x) - m))
-        x, m = jax.lax.optimization_barrier((x, m))
-        t = converted_apart(x) - m
-        if _fits_cache(x):
-            others = axis.sum(jnp.where(converted_apart(x) == m, 0.0, jnp.exp(t)))
-        else:
-            # The exponential of the largest is 0, though t be no more than nearly 0 (see `difference`).
-            others = axis.sum(jnp.exp(jnp.minimum(t, -4000.0 * (t + 0.4))))
-    else:
+    if block is not None and axis.index == x.ndim - 1 and not axis.names and axis.is_whole(x):
         blocks = x.reshape(*x.shape[:-1], classes // block, block)
-        # Without the minimum, XLA would make one long sum of this one and the next.
-        sums = jnp.minimum(jnp.sum(jnp.exp(blocks - m[..., None]), -1), block)
+        sums = _at_most(jnp.sum(jnp.exp(blocks - m[..., None]), -1), block)  # see `sum_exps`
         every = jnp.sum(sums, -1)
         position = jax.lax.broadcasted_iota(jnp.int32, sums.shape, axis.index)
         largest = jnp.min(jnp.where(sums == jnp.max(sums, -1, keepdims=True), position, classes), -1, keepdims=True)
         own = jnp.take_along_axis(blocks, largest[..., None], -2, mode="clip")[..., 0, :]
         others = jnp.sum(jnp.where(position == largest, 0.0, sums), -1)
         others += jnp.sum(jnp.where(own == m, 0.0, jnp.exp(own - m)), -1)
-    return jnp.where(every < 1.5, others, jnp.minimum(every, axis.size(x)) - 1.0)
+    elif _fits_cache(x):
+        others = axis.sum(jnp.where(x == m, 0.0, jnp.exp(x - m)))
+        return others + (axis.sum(jnp.where(x == m, 1.0, 0.0)) - 1.0)
+    else:
+        # Each sum has logits and maxima of its own, or XLA's CPU backend would write out what they share.
+        x, m = jax.lax.optimization_barrier((x, m))
+        every = axis.sum(jnp.exp(x - m))
+        x, m = jax.lax.optimization_barrier((x, m))
+        t = x - m
+        # The exponential of the largest is 0, though t be no more than nearly 0 (see `difference`).
+        others = axis.sum(jnp.exp(jnp.minimum(t, -4000.0 * (t + 0.4))))
+    return jnp.where(every < 1.5, others, _at_most(every, axis.size(x)) - 1.0)
 
 
 def each_class(x: Array, axis: ClassAxis) -> list[Array]:
@@ -443,7 +440,12 @@ def each_class(x: Array, axis: ClassAxis) -> list[Array]:
 
 def sum_exps(e: Float[Array, "..."], axis: ClassAxis) -> Float[Array, "..."]:
     """Sum of exponentials of at most 1 each, whatever fma makes of them (see `difference`)."""
-    return jnp.minimum(axis.sum(e), axis.size(e))
+    block = _block_size(e.shape[axis.index])
+    if block is None or axis.index != e.ndim - 1 or not axis.is_whole(e):
+        return _at_most(axis.sum(e), axis.size(e))
+    sums = jnp.sum(e.reshape(*e.shape[:-1], -1, block), -1)
+    # Without the bound, XLA would make one long sum of this one and the next, and round more.
+    return axis.total(jnp.sum(_at_most(sums, block), -1))
 
 
 def _fits_cache(x: Float[Array, "..."]) -> bool:

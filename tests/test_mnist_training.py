@@ -16,6 +16,7 @@ from flax import nnx
 from mnist import data, training
 from mnist.augment import augmented
 from mnist.config import Config
+from mnist.evaluation import probabilities
 from mnist.idx import Digits
 from mnist.model import DEEP, NETWORKS, SMALL, Committee
 from mnist.recipes import make_optimizer
@@ -70,8 +71,13 @@ def test_a_run_equals_a_plain_loop(members, tmp_path, monkeypatch):
         average = jax.tree.map(lambda a, b, keep=keep: keep * a + (1 - keep) * b, average, nnx.state(network))
     told = [row["train_loss"] for row in result.history]
     np.testing.assert_allclose(told, [np.mean(losses[:4]), np.mean(losses[4:])], rtol=1e-3)
-    for got, wanted in zip(jax.tree.leaves(result.params), jax.tree.leaves(average), strict=True):
-        np.testing.assert_allclose(got, wanted, rtol=1e-2, atol=1e-3)  # Adam divides roundings by small gradients
+    # What they predict, since Adam makes whole steps of the rounding of gradients that are 0, such as those of a bias
+    # before a normalisation, and these steps change nothing.
+    wanted = jax.tree.unflatten(jax.tree.structure(result.params), jax.tree.leaves(average))
+    p, p_wanted = (probabilities(config, params, few["test"].images) for params in (result.params, wanted))
+    np.testing.assert_allclose(p, p_wanted, atol=2e-3)
+    untrained = jax.tree.map(jnp.zeros_like, wanted)
+    assert np.abs(probabilities(config, untrained, few["test"].images) - p_wanted).max() > 0.1
 
 
 @pytest.mark.parametrize(("examples", "batch"), [(10_000, 128), (60_000, 128), (60_000, 1), (128, 128)])
