@@ -56,9 +56,8 @@ def _loss_and_gradient(
     loss, q = expected_nll(parts.log_p, q, axis), to_compute_dtype(q)
     mass = axis.sum(q, keepdims=True)
     of_dominant = axis.sum(jnp.where(dominant, 0.0, q), keepdims=True) - mass * parts.rest
-    of_dominant = jnp.where(
-        parts.rest < ALMOST_HALF, of_dominant, 0.0
-    )  # or XLA would write the sum out for all classes
+    # As it is; without this select, XLA would write the sum out for all classes.
+    of_dominant = jnp.where(parts.rest < ALMOST_HALF, of_dominant, 0.0)
     return loss, jnp.where(dominant, of_dominant, mass * parts.p - q)
 
 
