@@ -35,6 +35,7 @@ from ._softmax import (
     is_half,
     log_near_one,
     logsumexp_core,
+    settled,
     softmax_core,
     softmax_tangent,
     sum_exp_except,
@@ -141,7 +142,7 @@ def cross_entropy_core(
     in_place: bool = False,
 ) -> Float[Array, "..."]:
     """`cross_entropy` of checked arguments; `in_place` if the gradient is to overwrite the logits."""
-    narrow, keep, empty = hide_classes(jnp.asarray(logits), where, axis)
+    narrow, keep, empty = hide_classes(settled(jnp.asarray(logits)), where, axis)
     x = to_compute_dtype(narrow)
     narrow = x if z_loss else narrow  # then too many would convert it apart
     loss_of_all = z_loss * logsumexp_core(x, axis) ** 2 if z_loss else None  # what no class weight touches
@@ -150,11 +151,11 @@ def cross_entropy_core(
     uniform = _uniform(label_smoothing, x, keep, axis) if label_smoothing and not by_label else None
 
     if jnp.issubdtype(labels.dtype, jnp.floating):
-        q = jnp.asarray(labels)
+        q = settled(jnp.asarray(labels))
         if not is_half(q) or uniform is not None or weight is not None or x.dtype != jnp.float32:
             q = q.astype(x.dtype)  # and otherwise later, by each user apart
         q = q if uniform is None else (1.0 - label_smoothing) * q + uniform
-        loss = expected_loss(x, scale_classes(q, weight, axis), axis)
+        loss = expected_loss(narrow, scale_classes(q, weight, axis), axis)
         loss = loss if loss_of_all is None else loss + loss_of_all
         loss = loss if empty is None else jnp.where(empty, jnp.inf, loss)
         return reduce_mean_of_all(loss, axis.size(x), reduction)
@@ -163,7 +164,7 @@ def cross_entropy_core(
     loss = _label_loss(narrow, target.label, axis, how)
     if uniform is not None:
         loss = (1.0 - label_smoothing) * loss
-        smooth = expected_loss(x, scale_classes(uniform, weight, axis), axis)
+        smooth = expected_loss(narrow, scale_classes(uniform, weight, axis), axis)
         loss_of_all = smooth if loss_of_all is None else smooth + loss_of_all
     if empty is not None:
         loss = jnp.where(empty, jnp.inf, loss)
@@ -216,9 +217,7 @@ def _loss_and_gradient(
     """`-log p_y` and its derivative `p - one_hot(y)`, where smoothing leaves less of the label."""
     m = axis.max(converted_apart(x))
     label = axis.one_hot(y, x)
-    t = to_compute_dtype(x) - m
-    t = jnp.minimum(t, 0.0) if is_half(x) else t  # see `sum_exp_except`
-    e = jnp.where(label, 0.0, jnp.exp(t))
+    e = jnp.where(label, 0.0, jnp.exp(to_compute_dtype(x) - m))
     # Unless it must not be, it is written out where the gradient will be, and summed there.
     apart = how.in_place or axis.is_short(x)
     others = sum_exp_except(x, m, y, axis, how.in_place) if apart else sum_exps(e, axis)

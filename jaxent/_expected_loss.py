@@ -41,7 +41,7 @@ def _expected_loss_jvp(
 def _tangent(gradient: Array, x: Array, q: Array, x_dot: Any, q_dot: Any, axis: ClassAxis) -> Array:
     terms = []
     if is_perturbed(x_dot):
-        terms.append(axis.sum(gradient * x_dot))
+        terms.append(axis.sum(gradient * to_compute_dtype(x_dot)))
     if is_perturbed(q_dot):
         terms.append(-axis.sum(known_terms(log_softmax_core(x, axis), q) * q_dot))
     return sum(terms[1:], terms[0])
@@ -67,11 +67,11 @@ def _loss_and_gradient_jvp(
 ) -> tuple[tuple[Array, Array], tuple[Array, Array]]:
     (x, q), (x_dot, q_dot) = primals, tangents
     loss, gradient = _loss_and_gradient(x, q, axis)
-    p = softmax_core(x, axis)
+    p = softmax_core(to_compute_dtype(x), axis)
     terms = []
     if is_perturbed(x_dot):
         mass = axis.sum(to_compute_dtype(q), keepdims=True)
-        terms.append(mass * softmax_tangent(p, x_dot, axis))
+        terms.append(mass * softmax_tangent(p, to_compute_dtype(x_dot), axis))
     if is_perturbed(q_dot):
         q_dot, dominant = to_compute_dtype(q_dot), p > 0.5
         mass_dot = axis.sum(q_dot, keepdims=True)

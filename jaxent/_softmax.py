@@ -129,20 +129,29 @@ def _check(
 def _softmax(
     logits: FloatArray, where: BoolArray | None, axis: ClassAxis, dtype: DTypeLike | None
 ) -> Float[Array, "..."]:
-    x = jnp.asarray(logits, dtype)
-    wide, keep, _ = hide_classes(to_compute_dtype(x), where, axis)
-    p = softmax_core(wide, axis)
-    return (p if keep is None else jnp.where(keep, p, 0.0)).astype(x.dtype)
+    x, dtype = _cast(logits, dtype)
+    shown, keep, _ = hide_classes(settled(x), where, axis)
+    p = softmax_core(shown, axis)
+    return (p if keep is None else jnp.where(keep, p, 0.0)).astype(dtype)
+
+
+def _cast(logits: FloatArray, dtype: DTypeLike | None) -> tuple[Float[Array, "..."], DTypeLike]:
+    """Logits in `dtype`, and what that is; half precision as it comes if it will be computed in `dtype`."""
+    x = jnp.asarray(logits)
+    if dtype is not None and is_half(x) and jnp.dtype(dtype) == jnp.float32:
+        return x, dtype
+    x = jnp.asarray(x, dtype)
+    return x, x.dtype
 
 
 @partial(jax.jit, static_argnums=(2, 3))
 def _log_softmax(
     logits: FloatArray, where: BoolArray | None, axis: ClassAxis, dtype: DTypeLike | None
 ) -> Float[Array, "..."]:
-    x = jnp.asarray(logits, dtype)
-    wide, keep, _ = hide_classes(to_compute_dtype(x), where, axis)
-    log_p = log_softmax_core(wide, axis)
-    return (log_p if keep is None else jnp.where(keep, log_p, -jnp.inf)).astype(x.dtype)
+    x, dtype = _cast(logits, dtype)
+    shown, keep, _ = hide_classes(settled(x), where, axis)
+    log_p = log_softmax_core(shown, axis)
+    return (log_p if keep is None else jnp.where(keep, log_p, -jnp.inf)).astype(dtype)
 
 
 def is_perturbed(tangent: Any) -> bool:
@@ -159,6 +168,15 @@ def to_compute_dtype(x: FloatArray) -> Float[Array, "..."]:
 def is_half(x: Array) -> bool:
     """Whether `to_compute_dtype` changes the dtype of `x`."""
     return x.dtype.itemsize < 4
+
+
+def settled(x: Float[Array, "..."]) -> Float[Array, "..."]:
+    """`x`, the same for all of its users.
+
+    Where the caller's jit makes half-precision logits, XLA leaves out the rounding to half precision for some of the
+    conversions to float32 and not for others, and what one user takes for the maximum, another does not find.
+    """
+    return jax.lax.optimization_barrier(x) if is_half(x) else x
 
 
 def converted_apart(x: Float[Array, "..."]) -> Float[Array, "..."]:
@@ -184,9 +202,10 @@ def hide_classes(
 
 @partial(jax.custom_jvp, nondiff_argnums=(1, 2))
 def softmax_core(x: Float[Array, "..."], axis: ClassAxis, written: bool = True) -> Float[Array, "..."]:
-    """Softmax of float32 or float64 logits; `written` if an array of it is needed in any case."""
-    m = axis.max(x)
+    """Softmax in the dtype that is computed in; `written` if an array of it is needed in any case."""
+    m = axis.max(converted_apart(x))
     total = _sum_exp(x, m, axis, written)
+    x = to_compute_dtype(x)
     d = difference(x, m)
     # Half an ulp of a difference of 80 is 4e-6, a relative error of that size in its exponential. Two-sum recovers
     # what was lost. Far down, where exp is 0 anyway, d and x are held so that no infinities meet.
@@ -202,20 +221,21 @@ def softmax_core(x: Float[Array, "..."], axis: ClassAxis, written: bool = True) 
 def _softmax_jvp(
     axis: ClassAxis, written: bool, primals: tuple[Array], tangents: tuple[Array]
 ) -> tuple[Array, Array]:
-    p = softmax_core(primals[0], axis, written)
-    return p, softmax_tangent(p, tangents[0], axis)
+    x, t = map(to_compute_dtype, (primals[0], tangents[0]))
+    p = softmax_core(x, axis, written)
+    return p, softmax_tangent(p, t, axis)
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(1,))
 def log_softmax_core(x: Float[Array, "..."], axis: ClassAxis) -> Float[Array, "..."]:
-    """Log-softmax of float32 or float64 logits."""
+    """Log-softmax in the dtype that is computed in."""
     return log_softmax_parts(x, axis).log_p
 
 
 @log_softmax_core.defjvp
 def _log_softmax_jvp(axis: ClassAxis, primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
     parts = log_softmax_parts(primals[0], axis)
-    return parts.log_p, _log_softmax_tangent(primals[0], parts, tangents[0], axis)
+    return parts.log_p, _log_softmax_tangent(primals[0], parts, to_compute_dtype(tangents[0]), axis)
 
 
 class _Parts(NamedTuple):
@@ -228,21 +248,22 @@ class _Parts(NamedTuple):
 
 @partial(jax.custom_jvp, nondiff_argnums=(1,))
 def log_softmax_parts(x: Float[Array, "..."], axis: ClassAxis) -> _Parts:
-    m = axis.max(x)
+    x = to_compute_dtype(x) if axis.is_short(x) else x  # and otherwise later, by each user apart
+    m = axis.max(converted_apart(x))
     # Softmax is undefined beside +inf, and of nothing but -inf.
     others = jnp.where(jnp.isfinite(jnp.squeeze(m, axis.index)), _sum_exp_but_largest(x, m, axis), jnp.nan)
     total = jax.lax.optimization_barrier(1.0 + others)
     log_total = log_near_one(total, others)
     others, total, log_total = (jnp.expand_dims(value, axis.index) for value in (others, total, log_total))
     inverse = 1.0 / total
-    d = difference(x, m)
+    d = difference(to_compute_dtype(x), m)
     return _Parts(d - log_total, _exp_difference(x, m) * inverse, others * inverse)
 
 
 @log_softmax_parts.defjvp
 def _log_softmax_parts_jvp(axis: ClassAxis, primals: tuple[Array], tangents: tuple[Array]) -> tuple[_Parts, _Parts]:
     (x,), (t,) = primals, tangents
-    parts = log_softmax_parts(x, axis)
+    parts, t = log_softmax_parts(x, axis), to_compute_dtype(t)
     dp = softmax_tangent(parts.p, t, axis)
     of_rest = axis.sum(jnp.where(dominant_class(x, parts, axis), 0.0, dp), keepdims=True)
     return parts, _Parts(_log_softmax_tangent(x, parts, t, axis), dp, of_rest)
@@ -275,8 +296,8 @@ def dominant_class(x: Float[Array, "..."], parts: _Parts, axis: ClassAxis) -> Bo
     """Mask of the class with well over half of the probability. By its logit, since `p > 0.5` would write p out."""
     x = jax.lax.stop_gradient(x)
     if _is_by_index(x, axis):
-        return axis.one_hot(jnp.argmax(x, axis.index), x) & (parts.rest < ALMOST_HALF)
-    return (x == axis.max(x)) & (parts.rest < ALMOST_HALF)
+        return axis.one_hot(jnp.argmax(to_compute_dtype(x), axis.index), x) & (parts.rest < ALMOST_HALF)
+    return (to_compute_dtype(x) == axis.max(converted_apart(x))) & (parts.rest < ALMOST_HALF)
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(1,))
@@ -321,6 +342,7 @@ def difference(x: Float[Array, "..."], m: Float[Array, "..."]) -> Float[Array, "
 
 def _exp_difference(x: Float[Array, "..."], m: Float[Array, "..."]) -> Float[Array, "..."]:
     """`exp(difference(x, m))`, so written that XLA does not write the difference out for two users."""
+    x = to_compute_dtype(x)
     return jnp.exp(jnp.where(x == m, 0.0, x + -m))
 
 
@@ -335,11 +357,11 @@ def log_near_one(total: Float[Array, "..."], excess: Float[Array, "..."]) -> Flo
 
 def _sum_exp(x: Float[Array, "..."], m: Float[Array, "..."], axis: ClassAxis, written: bool) -> Float[Array, "..."]:
     """Sum of `exp(x - m)` over all classes, with the axis kept; `written` if the exponentials may be written out."""
-    if written:
-        total = jnp.expand_dims(sum_exps(jnp.exp(difference(x, m)), axis), axis.index)
+    if written and (not is_half(x) or _fits_cache(x)):
+        total = jnp.expand_dims(sum_exps(jnp.exp(difference(to_compute_dtype(x), m)), axis), axis.index)
     else:
         x, of_sum = jax.lax.optimization_barrier((x, m))  # or XLA's CPU backend would write out what others use, too
-        total = _at_most(axis.sum(jnp.exp(x - of_sum), keepdims=True), axis.size(x))
+        total = _at_most(axis.sum(jnp.exp(converted_apart(x) - of_sum), keepdims=True), axis.size(x))
     # At least one, whatever fma makes of the largest class (see `difference`). Of nothing but -inf it is undefined.
     return jnp.where(m == -jnp.inf, jnp.nan, jnp.where(total < 1.0, 1.0, total))
 
@@ -372,9 +394,8 @@ def _sum_exp_except(
     large = (in_place or not _fits_cache(x)) and axis.index == x.ndim - 1 and axis.is_whole(x)
     block = _block_size(classes)
     if large and is_half(x):
-        # Blocks would not be fused with the conversion, but a product is. Positions up to 2**24 are exact. No term is
-        # above 1 even if the caller's jit makes the logits and XLA leaves out their rounding, but not the maximum's.
-        e = jnp.exp(jnp.minimum(to_compute_dtype(x) - m, 0.0))
+        # Blocks would not be fused with the conversion, but a product is. Positions up to 2**24 are exact.
+        e = jnp.exp(to_compute_dtype(x) - m)
         position = jax.lax.broadcasted_iota(m.dtype, x.shape, axis.index)
         away = jnp.abs(position - jnp.expand_dims(index, axis.index).astype(m.dtype))
         return jnp.sum(e * jnp.minimum(away, 1.0), axis.index)
@@ -404,13 +425,13 @@ def _sum_exp_but_largest(x: Float[Array, "..."], m: Float[Array, "..."], axis: C
     classes = x.shape[axis.index]
     if _is_by_index(x, axis):
         # Unrolled, XLA makes one pass over the rows of it, where a masked sum over the axis takes two.
-        e, first = _exp_difference(x, m), jnp.argmax(x, axis.index)
+        e, first = _exp_difference(x, m), jnp.argmax(to_compute_dtype(x), axis.index)
         total = jnp.zeros(first.shape, m.dtype)
         for k, e_k in enumerate(each_class(e, axis)):
             total += jnp.where(first == k, 0.0, e_k)
         return total
     block = _block_size(classes)
-    if block is not None and axis.index == x.ndim - 1 and not axis.names and axis.is_whole(x):
+    if block is not None and not is_half(x) and axis.index == x.ndim - 1 and not axis.names and axis.is_whole(x):
         blocks = x.reshape(*x.shape[:-1], classes // block, block)
         sums = _at_most(jnp.sum(jnp.exp(blocks - m[..., None]), -1), block)  # see `sum_exps`
         every = jnp.sum(sums, -1)
@@ -420,14 +441,15 @@ def _sum_exp_but_largest(x: Float[Array, "..."], m: Float[Array, "..."], axis: C
         others = jnp.sum(jnp.where(position == largest, 0.0, sums), -1)
         others += jnp.sum(jnp.where(own == m, 0.0, jnp.exp(own - m)), -1)
     elif _fits_cache(x):
-        others = axis.sum(jnp.where(x == m, 0.0, jnp.exp(x - m)))
-        return others + (axis.sum(jnp.where(x == m, 1.0, 0.0)) - 1.0)
+        wide, largest = to_compute_dtype(x), to_compute_dtype(x) == m
+        others = axis.sum(jnp.where(largest, 0.0, jnp.exp(wide - m)))
+        return others + (axis.sum(jnp.where(largest, 1.0, 0.0)) - 1.0)
     else:
         # Each sum has logits and maxima of its own, or XLA's CPU backend would write out what they share.
         x, m = jax.lax.optimization_barrier((x, m))
-        every = axis.sum(jnp.exp(x - m))
+        every = axis.sum(jnp.exp(converted_apart(x) - m))
         x, m = jax.lax.optimization_barrier((x, m))
-        t = x - m
+        t = converted_apart(x) - m
         # The exponential of the largest is 0, though t be no more than nearly 0 (see `difference`).
         others = axis.sum(jnp.exp(jnp.minimum(t, -4000.0 * (t + 0.4))))
     return jnp.where(every < 1.5, others, _at_most(every, axis.size(x)) - 1.0)

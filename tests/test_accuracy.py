@@ -392,6 +392,43 @@ def test_float64():
     assert _exact.relative_error(composed, gradients) <= 1e-12
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("classes", [10, 300, 40_000])
+def test_half_precision_logits_made_in_the_same_jit(classes, dtype):
+    """XLA leaves out the rounding to half precision where it can; all uses must see the same logits nevertheless."""
+    rng = np.random.default_rng(6)
+    x = 50 * rng.normal(size=(130, classes))
+    x[:65, 3] += 150  # dominant
+    x, scale = jnp.asarray(x, dtype), jnp.asarray(0.37, dtype)
+    labels, cotangent = jnp.argmax(x, 1), jnp.asarray(rng.normal(size=x.shape), jnp.float32)
+    one_hot = jax.nn.one_hot(labels, classes, dtype=dtype)
+    functions = (
+        lambda z: jaxent.softmax(z, dtype=jnp.float32),
+        lambda z: jaxent.log_softmax(z, dtype=jnp.float32),
+        lambda z: jaxent.nll(jaxent.log_softmax(z, dtype=jnp.float32), labels, reduction="none"),
+        lambda z: jaxent.cross_entropy(z, labels, reduction="none"),
+        lambda z: jaxent.cross_entropy(z, labels, label_smoothing=0.1, reduction="none"),
+        lambda z: jaxent.cross_entropy(z, one_hot, reduction="none"),
+    )
+    logits = jax.jit(lambda x: x * scale)(x)
+    for f in functions:
+
+        def both(z, f=f):
+            out, pull = jax.vjp(f, z)
+            return out, pull(cotangent if out.ndim == 2 else jnp.ones_like(out))[0]
+
+        for g in (f, both):
+            got, want = jax.jit(lambda x, g=g: g(x * scale))(x), jax.jit(g)(logits)
+            jax.tree.map(_equal_but_for_the_last_bits, got, want)
+
+
+def _equal_but_for_the_last_bits(got, want):
+    assert got.dtype == want.dtype
+    info = jnp.finfo(want.dtype)
+    rtol = 1e-5 if want.dtype == jnp.float32 else 2 * float(info.eps)
+    np.testing.assert_allclose(*(np.asarray(a, np.float64) for a in (got, want)), rtol, float(info.tiny))
+
+
 @pytest.mark.parametrize("loss", [_losses, _composed], ids=["cross_entropy", "nll(log_softmax)"])
 def test_logits_scaled_in_the_same_jit(loss):
     # A compiler that fuses the caller's product may contract `x * scale - max` to one fma: at the maximum that is
