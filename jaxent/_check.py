@@ -158,6 +158,12 @@ def check_labels(
     return True
 
 
+@functools.cache
+def _unsigned(dtype: np.dtype) -> tuple[np.dtype, int]:
+    """`dtype` without its sign, in which negative numbers are huge, and how many numbers are not negative."""
+    return np.dtype(f"{dtype.byteorder}u{dtype.itemsize}"), int(np.iinfo(dtype).max) + 1
+
+
 def _check_range(labels: LabelArray, classes: int, ignore_index: int | None) -> None:
     # Traced labels have no values yet, and a process cannot read what other hosts hold: both give NaN later.
     if isinstance(labels, Tracer):
@@ -168,8 +174,8 @@ def _check_range(labels: LabelArray, classes: int, ignore_index: int | None) -> 
     values = np.asarray(labels)
     if values.dtype.kind not in "iu":
         values = values.astype(np.int64)  # JAX's int4 and uint4, which leave half of a byte unused
-    unsigned = values.view(f"{values.dtype.byteorder}u{values.itemsize}")  # in which the negative ones are huge
-    limit = classes if values.dtype.kind == "u" else min(classes, 2 ** (8 * values.itemsize - 1))
+    dtype, numbers = _unsigned(values.dtype)
+    unsigned, limit = values.view(dtype), min(classes, numbers)
     if not unsigned.size or unsigned.item(unsigned.argmax()) < limit:  # a third of the time of `max`
         return
     wrong = unsigned >= limit

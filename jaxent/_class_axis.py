@@ -1,5 +1,6 @@
 """The axis along which the classes lie: whole in one array, or in parts on several devices."""
 
+import functools
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -93,6 +94,10 @@ class ClassAxis:
             x = jax.lax.bitcast_convert_type(x, jnp.uint16)  # which "fill" fills with ones, the bits of a NaN
         entry = jnp.squeeze(jnp.take_along_axis(x, index, self.index, mode=mode), self.index)
         return jax.lax.bitcast_convert_type(entry, dtype)
+
+
+# One object for equal arguments, which jit compares before it compares what they hold.
+class_axis = functools.cache(ClassAxis)
 
 
 def one_hot(index: Integer[Array, "..."], shape: tuple[int, ...], axis: int) -> Bool[Array, "..."]:

@@ -24,7 +24,7 @@ from ._check import (
     check_where,
     normalize_axis,
 )
-from ._class_axis import ClassAxis
+from ._class_axis import ClassAxis, class_axis
 from ._expected_loss import expected_loss
 from ._nll import read_labels, reduce_mean_of_all, reduce_weighted, scale_classes
 from ._softmax import (
@@ -108,7 +108,7 @@ def cross_entropy(
         Equals `nll(log_softmax(logits), labels)`.
     """
     check_floating("logits", logits)
-    classes = ClassAxis(normalize_axis("logits", logits.shape, axis), check_axis_name(axis_name))
+    classes = class_axis(normalize_axis("logits", logits.shape, axis), check_axis_name(axis_name))
     ignore_index = check_ignore_index(ignore_index)
     check_reduction(reduction)
     label_smoothing = check_smoothing(label_smoothing)

@@ -20,7 +20,7 @@ from ._check import (
     check_weight,
     normalize_axis,
 )
-from ._class_axis import ClassAxis, one_hot
+from ._class_axis import ClassAxis, class_axis, one_hot
 from ._softmax import converted_apart, to_compute_dtype
 
 
@@ -73,7 +73,7 @@ def nll(
         also spelled `jaxent.nll_loss`. `cross_entropy` is this after `log_softmax`, in one step.
     """
     check_floating("log_probs", log_probs)
-    classes = ClassAxis(normalize_axis("log_probs", log_probs.shape, axis), check_axis_name(axis_name))
+    classes = class_axis(normalize_axis("log_probs", log_probs.shape, axis), check_axis_name(axis_name))
     ignore_index = check_ignore_index(ignore_index)
     check_reduction(reduction)
     check_weight(weight, log_probs.shape[classes.index])

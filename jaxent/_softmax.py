@@ -24,7 +24,7 @@ from ._check import (
     check_where,
     normalize_axis,
 )
-from ._class_axis import ClassAxis, one_hot
+from ._class_axis import ClassAxis, class_axis, one_hot
 
 # A class that leaves less than this to the others is certainly the only largest, though rounding moved the shares of
 # several by a little. One that leaves more does without the care that a dominant class needs.
@@ -122,7 +122,7 @@ def _check(
     check_floating("logits", logits)
     check_dtype(dtype)
     check_where("logits", logits.shape, where)
-    return ClassAxis(normalize_axis("logits", logits.shape, axis), check_axis_name(axis_name))
+    return class_axis(normalize_axis("logits", logits.shape, axis), check_axis_name(axis_name))
 
 
 @partial(jax.jit, static_argnums=(2, 3))
