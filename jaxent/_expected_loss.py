@@ -51,7 +51,7 @@ def _tangent(gradient: Array, x: Array, q: Array, x_dot: Any, q_dot: Any, axis: 
 def _loss_and_gradient(
     x: Float[Array, "..."], q: Float[Array, "..."], axis: ClassAxis
 ) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
-    parts = log_softmax_parts(x, axis)
+    parts = log_softmax_parts(x, axis, True)
     dominant = dominant_class(x, parts, axis)
     loss, q = expected_nll(parts.log_p, q, axis), to_compute_dtype(q)
     mass = axis.sum(q, keepdims=True)

@@ -229,12 +229,12 @@ def _softmax_jvp(
 @partial(jax.custom_jvp, nondiff_argnums=(1,))
 def log_softmax_core(x: Float[Array, "..."], axis: ClassAxis) -> Float[Array, "..."]:
     """Log-softmax in the dtype that is computed in."""
-    return log_softmax_parts(x, axis).log_p
+    return log_softmax_parts(x, axis, False).log_p
 
 
 @log_softmax_core.defjvp
 def _log_softmax_jvp(axis: ClassAxis, primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
-    parts = log_softmax_parts(primals[0], axis)
+    parts = log_softmax_parts(primals[0], axis, True)
     return parts.log_p, _log_softmax_tangent(primals[0], parts, to_compute_dtype(tangents[0]), axis)
 
 
@@ -246,24 +246,28 @@ class _Parts(NamedTuple):
     rest: Float[Array, "..."]  # the probability of all classes but the first largest; keeps the class axis
 
 
-@partial(jax.custom_jvp, nondiff_argnums=(1,))
-def log_softmax_parts(x: Float[Array, "..."], axis: ClassAxis) -> _Parts:
-    x = to_compute_dtype(x) if axis.is_short(x) else x  # and otherwise later, by each user apart
+@partial(jax.custom_jvp, nondiff_argnums=(1, 2))
+def log_softmax_parts(x: Float[Array, "..."], axis: ClassAxis, with_p: bool) -> _Parts:
+    """Log-softmax and its parts; `with_p` if `p` will be used."""
+    x = to_compute_dtype(x) if _is_by_index(x, axis) else x  # and otherwise later, by each user apart
     m = axis.max(converted_apart(x))
+    e, others = _exps_and_sum_but_largest(x, m, axis, with_p)
     # Softmax is undefined beside +inf, and of nothing but -inf.
-    others = jnp.where(jnp.isfinite(jnp.squeeze(m, axis.index)), _sum_exp_but_largest(x, m, axis), jnp.nan)
+    others = jnp.where(jnp.isfinite(jnp.squeeze(m, axis.index)), others, jnp.nan)
     total = jax.lax.optimization_barrier(1.0 + others)
     log_total = log_near_one(total, others)
     others, total, log_total = (jnp.expand_dims(value, axis.index) for value in (others, total, log_total))
     inverse = 1.0 / total
     d = difference(to_compute_dtype(x), m)
-    return _Parts(d - log_total, _exp_difference(x, m) * inverse, others * inverse)
+    return _Parts(d - log_total, e * inverse, others * inverse)
 
 
 @log_softmax_parts.defjvp
-def _log_softmax_parts_jvp(axis: ClassAxis, primals: tuple[Array], tangents: tuple[Array]) -> tuple[_Parts, _Parts]:
+def _log_softmax_parts_jvp(
+    axis: ClassAxis, with_p: bool, primals: tuple[Array], tangents: tuple[Array]
+) -> tuple[_Parts, _Parts]:
     (x,), (t,) = primals, tangents
-    parts, t = log_softmax_parts(x, axis), to_compute_dtype(t)
+    parts, t = log_softmax_parts(x, axis, True), to_compute_dtype(t)
     dp = softmax_tangent(parts.p, t, axis)
     of_rest = axis.sum(jnp.where(dominant_class(x, parts, axis), 0.0, dp), keepdims=True)
     return parts, _Parts(_log_softmax_tangent(x, parts, t, axis), dp, of_rest)
@@ -287,7 +291,7 @@ def _relative(
     """Tangents relative to that of the dominant class, whose own is an exact zero."""
     if not _is_by_index(t, axis):
         return jnp.where(dominant, 0.0, t - own)
-    own = jnp.squeeze(own, axis.index)  # unrolled for the transpose, see `_sum_exp_but_largest`
+    own = jnp.squeeze(own, axis.index)  # unrolled for the transpose, see `_exps_and_sum_but_largest`
     of_others = [jnp.where(is_dominant, 0.0, own) for is_dominant in each_class(dominant, axis)]
     return jnp.where(dominant, 0.0, t) - jnp.stack(of_others, axis.index)
 
@@ -412,47 +416,60 @@ def _sum_exp_except(
 
 
 def _is_by_index(x: Float[Array, "..."], axis: ClassAxis) -> bool:
-    """Whether to tell the largest class by its index, which unrolled sums do best."""
-    return axis.is_short(x) and x.shape[axis.index] > 0 and axis.index == x.ndim - 1 and not axis.names
+    """Whether to tell the largest class by its index, which unrolled sums of so few classes do best."""
+    return axis.is_short(x) and 0 < x.shape[axis.index] <= 20 and axis.index == x.ndim - 1 and not axis.names
 
 
-def _sum_exp_but_largest(x: Float[Array, "..."], m: Float[Array, "..."], axis: ClassAxis) -> Float[Array, "..."]:
-    """Sum of `exp(x - m)` over all classes but the largest, or but one of those that are.
-
-    A sum over all classes, less 1, will do where it is not near 1. Where it is, no class comes near the largest,
-    which then is told by its logit.
-    """
-    classes = x.shape[axis.index]
+def _exps_and_sum_but_largest(
+    x: Float[Array, "..."], m: Float[Array, "..."], axis: ClassAxis, written: bool
+) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
+    """`exp(x - m)`, `written` if that will be used, and its sum over all classes but one of the largest."""
     if _is_by_index(x, axis):
         # Unrolled, XLA makes one pass over the rows of it, where a masked sum over the axis takes two.
         e, first = _exp_difference(x, m), jnp.argmax(to_compute_dtype(x), axis.index)
         total = jnp.zeros(first.shape, m.dtype)
         for k, e_k in enumerate(each_class(e, axis)):
             total += jnp.where(first == k, 0.0, e_k)
-        return total
-    block = _block_size(classes)
-    if block is not None and not is_half(x) and axis.index == x.ndim - 1 and not axis.names and axis.is_whole(x):
-        blocks = x.reshape(*x.shape[:-1], classes // block, block)
-        sums = _at_most(jnp.sum(jnp.exp(blocks - m[..., None]), -1), block)  # see `sum_exps`
-        every = jnp.sum(sums, -1)
-        position = jax.lax.broadcasted_iota(jnp.int32, sums.shape, axis.index)
-        largest = jnp.min(jnp.where(sums == jnp.max(sums, -1, keepdims=True), position, classes), -1, keepdims=True)
-        own = jnp.take_along_axis(blocks, largest[..., None], -2, mode="clip")[..., 0, :]
-        others = jnp.sum(jnp.where(position == largest, 0.0, sums), -1)
-        others += jnp.sum(jnp.where(own == m, 0.0, jnp.exp(own - m)), -1)
-    elif _fits_cache(x):
-        wide, largest = to_compute_dtype(x), to_compute_dtype(x) == m
-        others = axis.sum(jnp.where(largest, 0.0, jnp.exp(wide - m)))
-        return others + (axis.sum(jnp.where(largest, 1.0, 0.0)) - 1.0)
-    else:
-        # Each sum has logits and maxima of its own, or XLA's CPU backend would write out what they share.
-        x, m = jax.lax.optimization_barrier((x, m))
-        every = axis.sum(jnp.exp(converted_apart(x) - m))
-        x, m = jax.lax.optimization_barrier((x, m))
-        t = converted_apart(x) - m
-        # The exponential of the largest is 0, though t be no more than nearly 0 (see `difference`).
-        others = axis.sum(jnp.exp(jnp.minimum(t, -4000.0 * (t + 0.4))))
-    return jnp.where(every < 1.5, others, _at_most(every, axis.size(x)) - 1.0)
+        return e, total
+    classes = x.shape[axis.index]
+    in_blocks = not is_half(x) and axis.index == x.ndim - 1 and not axis.names and axis.is_whole(x)
+    block = _block_size(classes) if in_blocks else None
+    if _fits_cache(x) and (block is None or classes < 500 or (written and x.size <= 2**20)):
+        x = to_compute_dtype(x)
+        e = jnp.where(x == m, 0.0, jnp.exp(x - m))  # written out for the sum, and then it can serve both
+        others = axis.sum(e) + (axis.sum(jnp.where(x == m, 1.0, 0.0)) - 1.0)
+        return jnp.where(x == m, 1.0, e), others
+    # A sum over all classes, less 1, will do where it is not near 1. Where it is, no class comes near the largest,
+    # which then is told by its logit.
+    every, others = _fused_sums(x, m, axis) if block is None else _sums_of_blocks(x, m, block)
+    return _exp_difference(x, m), jnp.where(every < 1.5, others, _at_most(every, axis.size(x)) - 1.0)
+
+
+def _sums_of_blocks(
+    x: Float[Array, "..."], m: Float[Array, "..."], block: int
+) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
+    """Sums of `exp(x - m)` over the last axis, and without a class that is much larger than all others."""
+    blocks = x.reshape(*x.shape[:-1], x.shape[-1] // block, block)
+    sums = _at_most(jnp.sum(jnp.exp(blocks - m[..., None]), -1), block)  # see `sum_exps`
+    position = jax.lax.broadcasted_iota(jnp.int32, sums.shape, sums.ndim - 1)
+    is_largest = sums == jnp.max(sums, -1, keepdims=True)
+    largest = jnp.min(jnp.where(is_largest, position, sums.shape[-1]), -1, keepdims=True)
+    own = jnp.take_along_axis(blocks, largest[..., None], -2, mode="clip")[..., 0, :]
+    others = jnp.sum(jnp.where(position == largest, 0.0, sums), -1)
+    return jnp.sum(sums, -1), others + jnp.sum(jnp.where(own == m, 0.0, jnp.exp(own - m)), -1)
+
+
+def _fused_sums(
+    x: Float[Array, "..."], m: Float[Array, "..."], axis: ClassAxis
+) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
+    """The same over any axis, and without any array of the size of `x`."""
+    # Each sum has logits and maxima of its own, or XLA's CPU backend would write out what they share.
+    x, m = jax.lax.optimization_barrier((x, m))
+    every = axis.sum(jnp.exp(converted_apart(x) - m))
+    x, m = jax.lax.optimization_barrier((x, m))
+    t = converted_apart(x) - m
+    # The exponential of the largest is 0, though t be no more than nearly 0 (see `difference`).
+    return every, axis.sum(jnp.exp(jnp.minimum(t, -4000.0 * (t + 0.4))))
 
 
 def each_class(x: Array, axis: ClassAxis) -> list[Array]:
