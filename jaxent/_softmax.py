@@ -196,7 +196,7 @@ def hide_classes(
         return x, None, None
     x, keep = to_compute_dtype(x), jnp.broadcast_to(jnp.asarray(where), x.shape)
     empty = axis.sum(keep) == 0
-    fill = jnp.where(jnp.expand_dims(empty, axis.index), 0.0, -jnp.inf).astype(x.dtype)
+    fill = jnp.where(jnp.expand_dims(empty, axis.index), jnp.zeros((), x.dtype), -jnp.inf)
     return jnp.where(keep, x, fill), keep, empty
 
 
@@ -437,7 +437,7 @@ def _exps_and_sum_but_largest(
     if _fits_cache(x) and (block is None or classes < 500 or (written and x.size <= 2**20)):
         x = to_compute_dtype(x)
         e = jnp.where(x == m, 0.0, jnp.exp(x - m))  # written out for the sum, and then it can serve both
-        others = axis.sum(e) + (axis.sum(jnp.where(x == m, 1.0, 0.0)) - 1.0)
+        others = axis.sum(e) + (axis.sum((x == m).astype(e.dtype)) - 1.0)
         return jnp.where(x == m, 1.0, e), others
     # A sum over all classes, less 1, will do where it is not near 1. Where it is, no class comes near the largest,
     # which then is told by its logit.

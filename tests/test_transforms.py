@@ -239,6 +239,24 @@ def test_jit_with_a_product_before(scale):
     assert np.all(np.isfinite(jax.jit(lambda x: jaxent.log_softmax(x * (scale / 3)))(x)))
 
 
+@pytest.mark.parametrize("classes", [5, 100, 1000])
+def test_float32_is_computed_in_float32_under_x64(classes):
+    with jax.enable_x64(True):
+        x = jnp.asarray(_RNG.normal(size=(3, classes)), jnp.float32)
+        labels, w = jnp.arange(3), jnp.ones(classes, jnp.float32)
+        for f in (
+            jaxent.softmax,
+            jaxent.log_softmax,
+            lambda x: jaxent.nll(jaxent.log_softmax(x), labels),
+            lambda x: jaxent.cross_entropy(x, labels),
+            lambda x: jaxent.cross_entropy(x, labels, weight=w, label_smoothing=0.1, where=w > 0, z_loss=1e-4),
+            lambda x: jaxent.cross_entropy(x, jax.nn.softmax(x), label_smoothing=0.1),
+        ):
+            jaxpr = str(jax.make_jaxpr(jax.value_and_grad(lambda x, f=f: f(x).sum()))(x))
+            assert "f32[3" in jaxpr
+            assert "f64[3" not in jaxpr  # scalars aside, which Python's numbers are at first
+
+
 def test_third_derivatives():
     # Directly against exact arithmetic, at a margin where 1 - p is far below the float's resolution of p.
     for logits in ([20.0, 0.0, 1.0], [0.3, -1.0, 2.0]):
