@@ -139,8 +139,17 @@ def draw(
         axis.axvline(1.0, color="black", lw=1)
         axis.set(xscale="log", title=heading, xlabel=of, ylim=(len(rows) - 0.5, -0.5))
         axis.set_yticks(range(len(rows)), [label for label, _ in rows], fontsize=7)
+        low, high = axis.get_xlim()
+        axis.xaxis.set_major_formatter("{x:g}")
+        axis.xaxis.set_minor_formatter("{x:g}" if high < 5 * low else "")
         axis.grid(axis="x", alpha=0.3)
-    axes[0][0].legend(fontsize=7)
+    entries: dict[str, Any] = {}
+    for axis in axes[0]:
+        handles, labels = axis.get_legend_handles_labels()
+        entries |= dict(zip(labels, handles, strict=True))
+    if len(entries) > 1:
+        columns = 3 * len(panels)
+        figure.legend(entries.values(), entries.keys(), loc="outside lower center", ncols=columns, fontsize=7)
     figure.suptitle(title)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=80)
