@@ -404,7 +404,7 @@ def _sum_exp_except(
         away = jnp.abs(position - jnp.expand_dims(index, axis.index).astype(m.dtype))
         return jnp.sum(e * jnp.minimum(away, 1.0), axis.index)
     if large and block is not None:
-        blocks = x.reshape(*x.shape[:-1], classes // block, block)
+        blocks = _in_blocks(x, block)
         sums = jnp.sum(jnp.exp(blocks - m[..., None]), -1)
         of_index = index // block
         rest = jnp.sum(jnp.where(one_hot(of_index, sums.shape, axis.index), 0.0, sums), -1)
@@ -432,8 +432,8 @@ def _exps_and_sum_but_largest(
             total += jnp.where(first == k, 0.0, e_k)
         return e, total
     classes = x.shape[axis.index]
-    in_blocks = not is_half(x) and axis.index == x.ndim - 1 and not axis.names and axis.is_whole(x)
-    block = _block_size(classes) if in_blocks else None
+    sliceable = not is_half(x) and axis.index == x.ndim - 1 and not axis.names and axis.is_whole(x)
+    block = _block_size(classes) if sliceable else None
     if _fits_cache(x) and (block is None or classes < 500 or (written and x.size <= 2**20)):
         x = to_compute_dtype(x)
         e = jnp.where(x == m, 0.0, jnp.exp(x - m))  # written out for the sum, and then it can serve both
@@ -449,7 +449,7 @@ def _sums_of_blocks(
     x: Float[Array, "..."], m: Float[Array, "..."], block: int
 ) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
     """Sums of `exp(x - m)` over the last axis, and without a class that is much larger than all others."""
-    blocks = x.reshape(*x.shape[:-1], x.shape[-1] // block, block)
+    blocks = _in_blocks(x, block)
     sums = _at_most(jnp.sum(jnp.exp(blocks - m[..., None]), -1), block)  # see `sum_exps`
     position = jax.lax.broadcasted_iota(jnp.int32, sums.shape, sums.ndim - 1)
     is_largest = sums == jnp.max(sums, -1, keepdims=True)
@@ -482,7 +482,7 @@ def sum_exps(e: Float[Array, "..."], axis: ClassAxis) -> Float[Array, "..."]:
     block = _block_size(e.shape[axis.index])
     if block is None or axis.index != e.ndim - 1 or not axis.is_whole(e):
         return _at_most(axis.sum(e), axis.size(e))
-    sums = jnp.sum(e.reshape(*e.shape[:-1], -1, block), -1)
+    sums = jnp.sum(_in_blocks(e, block), -1)
     # Without the bound, XLA would make one long sum of this one and the next, and round more.
     return axis.total(jnp.sum(_at_most(sums, block), -1))
 
@@ -490,6 +490,11 @@ def sum_exps(e: Float[Array, "..."], axis: ClassAxis) -> Float[Array, "..."]:
 def _fits_cache(x: Float[Array, "..."]) -> bool:
     """Whether an array of the size of `x` is quickly written out, which XLA's CPU backend does with masked terms."""
     return x.size <= 2**22
+
+
+def _in_blocks(x: Float[Array, "..."], block: int) -> Float[Array, "..."]:
+    """The last axis as two, of blocks and of what is in them; there may be no rows."""
+    return x.reshape(*x.shape[:-1], x.shape[-1] // block, block)
 
 
 def _block_size(classes: int) -> int | None:

@@ -239,6 +239,22 @@ def test_jit_with_a_product_before(scale):
     assert np.all(np.isfinite(jax.jit(lambda x: jaxent.log_softmax(x * (scale / 3)))(x)))
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("shape", [(0, 5), (0, 100), (0, 1000), (3, 0, 1000)])
+def test_no_rows(shape, dtype):
+    x, labels = jnp.zeros(shape, dtype), jnp.zeros(shape[:-1], jnp.int32)
+    for f, size in (
+        (jaxent.softmax, shape),
+        (jaxent.log_softmax, shape),
+        (lambda x: jaxent.cross_entropy(x, labels, reduction="none"), shape[:-1]),
+        (lambda x: jaxent.cross_entropy(x, labels, reduction="none", label_smoothing=0.1), shape[:-1]),
+        (lambda x: jaxent.cross_entropy(x, x, reduction="none"), shape[:-1]),
+    ):
+        out, pull = jax.vjp(f, x)
+        assert out.shape == size
+        assert pull(jnp.ones_like(out))[0].shape == shape
+
+
 @pytest.mark.parametrize("classes", [5, 100, 1000])
 def test_float32_is_computed_in_float32_under_x64(classes):
     with jax.enable_x64(True):
