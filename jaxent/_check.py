@@ -12,6 +12,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Bool, Float, Inexact, Integer, Shaped
 
 from ._class_axis import ClassAxis
+from ._kernels import implementations
 
 AnyArray: TypeAlias = jax.Array | np.ndarray
 FloatArray: TypeAlias = Float[AnyArray, "..."]
@@ -19,6 +20,7 @@ LabelArray: TypeAlias = Integer[AnyArray, "..."] | Inexact[AnyArray, "..."]
 BoolArray: TypeAlias = Bool[AnyArray, "..."]
 AxisName: TypeAlias = str | tuple[str, ...]
 Reduction: TypeAlias = Literal["none", "mean", "sum"]
+Implementation: TypeAlias = Literal["xla"]
 
 
 issubdtype = functools.cache(jnp.issubdtype)  # outside of jit, it would be a tenth of a small call's time
@@ -71,7 +73,7 @@ def check_where(name: str, shape: tuple[int, ...], where: BoolArray | None) -> N
     if not hasattr(where, "dtype") or where.dtype != jnp.bool_:
         raise TypeError(f"where must be a boolean array, got {getattr(where, 'dtype', type(where).__name__)}")
     try:
-        fits = np.broadcast_shapes(where.shape, shape) == shape
+        fits = jnp.broadcast_shapes(where.shape, shape) == shape  # which may be symbolic
     except ValueError:
         fits = False
     if not fits:
@@ -82,6 +84,13 @@ def check_reduction(reduction: str) -> None:
     """Require one of PyTorch's three reductions."""
     if reduction not in ("none", "mean", "sum"):
         raise ValueError(f"reduction must be 'none', 'mean' or 'sum', got {reduction!r}")
+
+
+def check_implementation(implementation: str | None) -> None:
+    """Require the name of an implementation, or None."""
+    if implementation is not None and implementation not in implementations():
+        names = ", ".join(map(repr, implementations()))
+        raise ValueError(f"implementation must be None or one of {names}, got {implementation!r}")
 
 
 def check_weight(weight: FloatArray | None, classes: int) -> None:
@@ -154,7 +163,7 @@ def check_labels(
             f"labels of dtype {labels.dtype} are class indices and must have the shape {expected}, "
             f"{name}'s {shape} without its class axis {axis.index}, got shape {labels.shape}"
         )
-    _check_range(labels, shape[axis.index] * axis.named_parts(), ignore_index)
+    _check_range(labels, shape[axis.index] * axis.parts(), ignore_index)
     return True
 
 

@@ -3,23 +3,27 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import AxisType
 from jaxtyping import Array, Bool, Integer
 
 
-def default_chunk_size(tokens: int, features: int) -> int:
+def default_chunk_size(tokens: Any, features: Any) -> int:
     """Tokens whose logits are held at once.
 
-    Matrix products want hundreds of rows, and every chunk reads the kernel and updates its gradient once more. A
-    quarter of the features keeps the logits of a chunk at a quarter of the kernel's size. Chunks are of equal size as
-    nearly as multiples of 16 allow.
+    Matrix products want many rows, and every chunk reads the kernel and updates its gradient once more. A sixth of
+    the features keeps a chunk's logits at a sixth of the kernel's size, and what a compiler may write out beside them
+    at as much again. Chunks are of equal size as nearly as multiples of 16 allow.
     """
-    limit = min(max(256, features // 4), 1024)
+    if not isinstance(tokens, int) or not isinstance(features, int):  # of a size that is known when it runs
+        return 256
+    limit = min(max(128, features // 6), 1024)
     if tokens <= limit:
         return max(tokens, 1)
-    even = math.ceil(tokens / math.ceil(tokens / limit))
+    even = -(-tokens // -(-tokens // limit))
     return min(-16 * (-even // 16), limit)
 
 
@@ -36,13 +40,22 @@ class Chunks:
     gather: Callable[[Array], Array]  # the way back
 
 
+def unseen_parts(x: Array) -> int:
+    """Into how many parts automatic sharding might split `x` at most."""
+    mesh = jax.typeof(x).sharding.mesh
+    if mesh.empty:
+        return jax.device_count()
+    sizes = zip(mesh.axis_sizes, mesh.axis_types, strict=True)
+    return math.prod(size for size, kind in sizes if kind == AxisType.Auto)
+
+
 def packed_chunks(tokens: int, size: int, counts: Bool[Array, " tokens"] | None, *, skip: bool) -> Chunks:
     """The tokens that count first; with `skip`, the loop ends after them, and no work is done for the others.
 
     A number of steps that depends on data cannot be differentiated backwards. The tokens are indexed freely, so all
     of them must be on one device.
     """
-    steps = math.ceil(tokens / size)
+    steps = -(-tokens // size)
     if counts is None:
         order, live = jnp.arange(tokens), tokens
     else:
@@ -66,14 +79,15 @@ def packed_chunks(tokens: int, size: int, counts: Bool[Array, " tokens"] | None,
     return Chunks(steps, size, take, put, lambda i: position(i) < live, lambda rows: rows, lambda rows: rows)
 
 
-def strided_chunks(tokens: int, size: int, counts: Bool[Array, " tokens"] | None) -> Chunks:
+def strided_chunks(tokens: Any, size: int, counts: Bool[Array, " tokens"] | None) -> Chunks:
     """Every step takes tokens from everywhere, one of each run of `steps` tokens.
 
     Where the compiler has split the tokens over devices, each then has its share in every step, and no token moves.
     """
-    least = math.ceil(tokens / size)
-    steps = next((k for k in range(least, 2 * least) if tokens % k == 0), least)
-    size = math.ceil(tokens / max(steps, 1))
+    least = -(-tokens // size)
+    known = isinstance(tokens, int)
+    steps = next((k for k in range(least, 2 * least) if tokens % k == 0), least) if known else least
+    size = -(-tokens // max(steps, 1)) if known else size
     missing = size * steps - tokens
 
     def spread(rows: Array) -> Array:

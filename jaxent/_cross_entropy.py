@@ -1,21 +1,26 @@
-"""Cross-entropy of logits, measured from the label's own class so that nothing cancels."""
+"""Cross-entropy: what labels, weights, smoothing and reductions mean, in terms of losses that are easy to compute."""
 
+import functools
+import math
 from functools import partial
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Integer
 
 from ._check import (
     AxisName,
     BoolArray,
     FloatArray,
+    Implementation,
     LabelArray,
     Reduction,
     check_axis_name,
     check_floating,
     check_ignore_index,
+    check_implementation,
     check_labels,
     check_number,
     check_reduction,
@@ -25,23 +30,11 @@ from ._check import (
     normalize_axis,
 )
 from ._class_axis import ClassAxis, class_axis
-from ._expected_loss import expected_loss
-from ._nll import read_labels, reduce_mean_of_all, reduce_weighted, scale_classes
-from ._softmax import (
-    converted_apart,
-    difference,
-    each_class,
-    hide_classes,
-    is_half,
-    log_near_one,
-    logsumexp_core,
-    settled,
-    softmax_core,
-    softmax_tangent,
-    sum_exp_except,
-    sum_exps,
-    to_compute_dtype,
-)
+from ._expected_loss import expected_losses, expected_pass, expected_total
+from ._kernels import compute_dtype
+from ._label_loss import Factors, How, label_losses, label_pass, label_total, mixed
+from ._nll import Scale, Target, read_labels, scale_classes, scale_of_all, scale_of_each
+from ._softmax import add, hide_classes
 
 
 def cross_entropy(
@@ -56,6 +49,7 @@ def cross_entropy(
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
     axis_name: AxisName | None = None,
+    implementation: Implementation | None = None,
 ) -> Float[Array, "..."]:
     r"""Cross-entropy between labels and the softmax of logits.
 
@@ -81,6 +75,7 @@ def cross_entropy(
         axis_name: inside `jax.shard_map`, the mesh axis (or a tuple of them, major first) over which the class axis
             is sharded. `logits`, `weight`, `where` and class probabilities are then this device's part, class indices
             still count all classes, and the loss is the same on all devices that hold parts of an example.
+        implementation: who computes it: `"xla"` is XLA from plain JAX, None the best for the machine.
 
     Returns:
         A scalar, or one loss per example for `reduction="none"`; float32, or float64 for float64 logits.
@@ -109,182 +104,159 @@ def cross_entropy(
     """
     check_floating("logits", logits)
     classes = class_axis(normalize_axis("logits", logits.shape, axis), check_axis_name(axis_name))
-    ignore_index = check_ignore_index(ignore_index)
     check_reduction(reduction)
-    label_smoothing = check_smoothing(label_smoothing)
     check_where("logits", logits.shape, where)
     check_weight(weight, logits.shape[classes.index])
-    check_labels("logits", logits.shape, labels, classes, ignore_index)
-    return cross_entropy_core(
-        logits,
-        labels,
-        where,
-        weight,
+    check_implementation(implementation)
+    options = loss_options(
         classes,
-        ignore_index,
+        check_ignore_index(ignore_index),
         reduction,
-        label_smoothing,
+        check_smoothing(label_smoothing),
         check_number("z_loss", z_loss),
+        implementation,
     )
+    check_labels("logits", logits.shape, labels, classes, options.ignore_index)
+    return _cross_entropy(logits, labels, where, weight, options)
 
 
-@partial(jax.jit, static_argnums=(4, 5, 6, 7, 8, 9))
-def cross_entropy_core(
+class LossOptions(NamedTuple):
+    """What is compiled in."""
+
+    axis: ClassAxis
+    ignore_index: int | None
+    reduction: Reduction
+    label_smoothing: float
+    z_loss: float
+    implementation: Implementation | None
+
+
+loss_options = functools.cache(LossOptions)  # one object for equal options, see class_axis
+
+
+@partial(jax.jit, static_argnums=4)
+def _cross_entropy(
     logits: FloatArray,
     labels: LabelArray,
     where: BoolArray | None,
     weight: FloatArray | None,
-    axis: ClassAxis,
-    ignore_index: int | None,
-    reduction: Reduction,
-    label_smoothing: float,
-    z_loss: float,
-    in_place: bool = False,
+    options: LossOptions,
 ) -> Float[Array, "..."]:
-    """`cross_entropy` of checked arguments; `in_place` if the gradient is to overwrite the logits."""
-    narrow, keep, empty = hide_classes(settled(jnp.asarray(logits)), where, axis)
-    x = to_compute_dtype(narrow)
-    narrow = x if z_loss else narrow  # then too many would convert it apart
-    loss_of_all = z_loss * logsumexp_core(x, axis) ** 2 if z_loss else None  # what no class weight touches
-    by_label = weight is None and where is None and jnp.issubdtype(labels.dtype, jnp.integer)
-    how = _How(label_smoothing if by_label else 0.0, in_place or z_loss > 0.0)
-    uniform = _uniform(label_smoothing, x, keep, axis) if label_smoothing and not by_label else None
-
-    if jnp.issubdtype(labels.dtype, jnp.floating):
-        q = settled(jnp.asarray(labels))
-        if not is_half(q) or uniform is not None or weight is not None or x.dtype != jnp.float32:
-            q = q.astype(x.dtype)  # and otherwise later, by each user apart
-        q = q if uniform is None else (1.0 - label_smoothing) * q + uniform
-        loss = expected_loss(narrow, scale_classes(q, weight, axis), axis)
-        loss = loss if loss_of_all is None else loss + loss_of_all
-        loss = loss if empty is None else jnp.where(empty, jnp.inf, loss)
-        return reduce_mean_of_all(loss, axis.size(x), reduction)
-
-    target = read_labels(labels, axis.size(x), weight, ignore_index, x.dtype, axis.names)
-    loss = _label_loss(narrow, target.label, axis, how)
-    if uniform is not None:
-        loss = (1.0 - label_smoothing) * loss
-        smooth = expected_loss(narrow, scale_classes(uniform, weight, axis), axis)
-        loss_of_all = smooth if loss_of_all is None else smooth + loss_of_all
-    if empty is not None:
-        loss = jnp.where(empty, jnp.inf, loss)
-    return reduce_weighted(loss, target, reduction, loss_of_all)
-
-
-def _uniform(
-    mass: float, x: Float[Array, "..."], keep: Bool[Array, "..."] | None, axis: ClassAxis
-) -> Float[Array, "..."]:
-    """`mass` spread evenly over the classes that are kept."""
-    if keep is None:
-        return jnp.full_like(x, mass / max(axis.size(x), 1))
-    return jnp.where(keep, mass / axis.sum(keep, keepdims=True).astype(x.dtype), 0.0)
-
-
-# With the largest logit m, d = x_y - m and S = sum of exp(x_k - m) over the classes k other than the label y, the
-# loss is log(S + exp(d)) - d. Where the label is the largest class (d = 0) that is log1p(S), however small S is.
-# The gradient is p_k for the others and -S / (S + exp(d)) for the label: minus their sum, and never p_y - 1.
-#
-# Smoothing mixes in the mean of -log p_k over all classes. That is log(S + exp(d)) plus the mean of m - x_k, whose
-# terms have one sign, so nothing cancels there either.
-
-
-class _How(NamedTuple):
-    """Which loss, and what its gradient may cost."""
-
-    smoothing: float  # the share of the loss that is the mean over all classes
-    in_place: bool  # whether the gradient does without another array of its size
-
-
-@partial(jax.custom_jvp, nondiff_argnums=(2, 3))
-def _label_loss(x: Float[Array, "..."], y: Integer[Array, "..."], axis: ClassAxis, how: _How) -> Float[Array, "..."]:
-    """`-log p_y` of each example, or what smoothing makes of it."""
-    m = axis.max(converted_apart(x))
-    return _loss_of_parts(x, _parts(x, y, m, sum_exp_except(x, m, y, axis, how.in_place), axis), axis, how.smoothing)
-
-
-@_label_loss.defjvp
-def _label_loss_jvp(
-    axis: ClassAxis, how: _How, primals: tuple[Array, Array], tangents: tuple[Array, Array]
-) -> tuple[Array, Array]:
-    loss, gradient = _loss_and_gradient(*primals, axis, how)
-    return loss, axis.sum(gradient * to_compute_dtype(tangents[0]))
-
-
-@partial(jax.custom_jvp, nondiff_argnums=(2, 3))
-def _loss_and_gradient(
-    x: Float[Array, "..."], y: Integer[Array, "..."], axis: ClassAxis, how: _How
-) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
-    """`-log p_y` and its derivative `p - one_hot(y)`, where smoothing leaves less of the label."""
-    m = axis.max(converted_apart(x))
-    label = axis.one_hot(y, x)
-    e = jnp.where(label, 0.0, jnp.exp(to_compute_dtype(x) - m))
-    # Unless it must not be, it is written out where the gradient will be, and summed there.
-    apart = how.in_place or axis.is_short(x)
-    others = sum_exp_except(x, m, y, axis, how.in_place) if apart else sum_exps(e, axis)
-    parts = _parts(x, y, m, others, axis)
-    others, at_label, total = (
-        jnp.expand_dims(value, axis.index) for value in (parts.others, parts.at_label, parts.total)
-    )
-    inverse = 1.0 / total
-    p = e * inverse if is_half(x) else jnp.where(x == m, inverse, e * inverse)  # see `difference`
-    of_label = -others * inverse
-    smoothing = how.smoothing
-    if smoothing:  # the share s: (1 - s) (p - 1) + s (p - 1 / C) of the label, and p - s / C of the others
-        uniform = smoothing / max(axis.size(x), 1)
-        of_label = (1.0 - smoothing) * of_label + (smoothing * at_label * inverse - uniform)
-        p = p - uniform
-    return _loss_of_parts(x, parts, axis, smoothing), jnp.where(label, of_label, p)
-
-
-@_loss_and_gradient.defjvp
-def _loss_and_gradient_jvp(
-    axis: ClassAxis, how: _How, primals: tuple[Array, Array], tangents: tuple[Array, Array]
-) -> tuple[tuple[Array, Array], tuple[Array, Array]]:
-    loss, gradient = _loss_and_gradient(*primals, axis, how)
-    # The label is constant, smoothed or not, so the gradient moves as softmax does.
-    x, t = map(to_compute_dtype, (primals[0], tangents[0]))
-    p = softmax_core(x, axis)
-    dp = softmax_tangent(p, t, axis)
-    return (loss, gradient), (axis.sum(gradient * t), dp)
-
-
-class _Parts(NamedTuple):
-    """What loss and gradient are made of, for each example."""
-
-    m: Float[Array, "..."]  # keeps the class axis
-    d: Float[Array, "..."]
-    others: Float[Array, "..."]  # S
-    at_label: Float[Array, "..."]  # exp(d)
-    total: Float[Array, "..."]  # S + exp(d)
-
-
-def _parts(
-    x: Float[Array, "..."],
-    y: Integer[Array, "..."],
-    m: Float[Array, "..."],
-    others: Float[Array, "..."],
-    axis: ClassAxis,
-) -> _Parts:
-    d = difference(to_compute_dtype(axis.take(x, y)), jnp.squeeze(m, axis.index))
-    others = jnp.where(d < 0.0, jnp.maximum(others, 1.0), others)  # the largest class is among them
-    at_label = jnp.exp(d)
-    return _Parts(m, d, others, at_label, others + at_label)
-
-
-def _loss_of_parts(x: Float[Array, "..."], parts: _Parts, axis: ClassAxis, smoothing: float) -> Float[Array, "..."]:
-    largest = parts.d == 0.0
-    log_total = jnp.where(largest, log_near_one(parts.total, parts.others), jnp.log(parts.total))
-    loss = jnp.where(largest, log_total, log_total - parts.d)
-    if not smoothing:
-        return loss
-    if axis.is_short(x):  # one pass over the rows, with the exponentials
-        m = jnp.squeeze(parts.m, axis.index)
-        gaps = axis.total(
-            sum((m - to_compute_dtype(of_class) for of_class in each_class(x, axis)), jnp.zeros_like(m))
-        )
+    axis, how = options.axis, How(options.axis, options.implementation)
+    x, empty = hide_classes(jnp.asarray(logits), where, axis)
+    dtype = compute_dtype(x.dtype)
+    target = read_target(x, labels, weight, options)
+    scale = scale_of(target, labels, axis.size(x), options, dtype)
+    losses = mixture(x, labels, target, where, weight, options)
+    if scale.factor is None:
+        loss = losses.rows(how, x, jnp.ones((), dtype))
     else:
-        # Logits and maxima of its own, or XLA's CPU backend would write out what this sum shares with others.
-        x, m = jax.lax.optimization_barrier((x, parts.m))
-        gaps = axis.sum(m - converted_apart(x))
-    mean = log_total + gaps / max(axis.size(x), 1)
-    return (1.0 - smoothing) * loss + smoothing * mean
+        loss = losses.total(how, x, scale.factor) + scale.empty
+    if empty is None:
+        return loss
+    infinite = jnp.where(empty if target is None else empty & (target.label >= 0), jnp.inf, jnp.zeros((), dtype))
+    return loss + (infinite if scale.factor is None else jnp.sum(infinite))
+
+
+def read_target(
+    x: Float[Array, "..."], labels: LabelArray, weight: FloatArray | None, options: LossOptions
+) -> Target | None:
+    """What class indices say about logits `x`; None for class probabilities."""
+    if jnp.issubdtype(labels.dtype, jnp.floating):
+        return None
+    dtype = compute_dtype(x.dtype)
+    return read_labels(labels, options.axis.size(x), weight, options.ignore_index, dtype, options.axis.names)
+
+
+def scale_of(
+    target: Target | None, labels: LabelArray, classes: int, options: LossOptions, dtype: DTypeLike
+) -> Scale:
+    """What reduces the losses of examples with such labels."""
+    if target is not None:
+        return scale_of_each(target, options.reduction, dtype)
+    rows = math.prod(size for i, size in enumerate(labels.shape) if i != options.axis.index)
+    return scale_of_all(rows, classes, options.reduction, dtype)
+
+
+class Mixture(NamedTuple):
+    """The loss of each row, as the sum of one of a class index and one of class probabilities."""
+
+    label: Integer[Array, "..."] | None
+    factors: Factors
+    q: Float[Array, "..."] | None
+    counts: Bool[Array, "..."] | None  # which rows have the latter; None if all do
+
+    def rows(self, how: How, x: Float[Array, "..."], scale: Float[Array, "..."]) -> Float[Array, "..."]:
+        """The losses one by one, each times its scale."""
+        terms = []
+        if self.label is not None:
+            terms.append(label_losses(how, x, self.label, self.factors.times(scale)))
+        if self.q is not None:
+            terms.append(expected_losses(how, x, self.q, self._of_probabilities(how, x, scale)))
+        return add(terms)
+
+    def total(self, how: How, x: Float[Array, "..."], scale: Float[Array, "..."]) -> Float[Array, ""]:
+        """Their sum, whose gradient comes in the same pass."""
+        terms = []
+        if self.label is not None:
+            terms.append(label_total(how, x, self.label, self.factors.times(scale)))
+        if self.q is not None:
+            terms.append(expected_total(how, x, self.q, self._of_probabilities(how, x, scale)))
+        return add(terms)
+
+    def rows_and_gradient(
+        self, how: How, x: Float[Array, "..."], scale: Float[Array, "..."]
+    ) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
+        """The losses as they are, and the gradient of their sum with scales."""
+        losses, gradients = [], []
+        if self.label is not None:
+            *parts, gradient = label_pass(how, x.dtype, x, self.label, *self.factors.times(scale).rows(self.label))
+            losses.append(mixed(self.label, parts, self.factors))
+            gradients.append(gradient)
+        if self.q is not None:
+            loss, gradient = expected_pass(how, x.dtype, x, self.q, self._of_probabilities(how, x, scale))
+            losses.append(loss if self.counts is None else jnp.where(self.counts, loss, 0.0))
+            gradients.append(gradient)
+        return add(losses), add(gradients)
+
+    def _of_probabilities(self, how: How, x: Float[Array, "..."], scale: Float[Array, "..."]) -> Float[Array, "..."]:
+        shape = x.shape[: how.axis.index] + x.shape[how.axis.index + 1 :]
+        return jnp.broadcast_to(scale, shape) if self.counts is None else jnp.where(self.counts, scale, 0.0)
+
+
+def mixture(
+    x: Float[Array, "..."],
+    labels: LabelArray,
+    target: Target | None,
+    where: BoolArray | None,
+    weight: FloatArray | None,
+    options: LossOptions,
+) -> Mixture:
+    """Which losses make up cross-entropy with these labels and options."""
+    axis, smoothing = options.axis, options.label_smoothing
+    dtype = compute_dtype(x.dtype)
+    z = jnp.asarray(options.z_loss, dtype) if options.z_loss else None
+    uniform = _uniform(smoothing, x, where, axis) if smoothing else None
+    if target is None:
+        q = jnp.asarray(labels)
+        q = q if q.dtype.itemsize < dtype.itemsize else q.astype(dtype)  # narrower ones stay as they are
+        if uniform is not None:
+            q = (1.0 - smoothing) * q.astype(dtype) + uniform
+        rows = x.shape[: axis.index] + x.shape[axis.index + 1 :]
+        nobody = None if z is None else jnp.zeros(rows, jnp.int32)
+        return Mixture(nobody, Factors(None, None, z), scale_classes(q, weight, axis), None)
+    a = jnp.asarray(1.0 - smoothing, dtype)
+    a = a if target.weight is None else a * target.weight
+    if uniform is None or (weight is None and where is None):
+        return Mixture(target.label, Factors(a, jnp.asarray(smoothing, dtype) if smoothing else None, z), None, None)
+    q = scale_classes(jnp.broadcast_to(uniform, x.shape), weight, axis)
+    return Mixture(target.label, Factors(a, None, z), q, target.label >= 0)
+
+
+def _uniform(mass: float, x: Float[Array, "..."], where: BoolArray | None, axis: ClassAxis) -> Float[Array, "..."]:
+    """`mass` spread evenly over the classes that are kept."""
+    dtype = compute_dtype(x.dtype)
+    if where is None:
+        return jnp.asarray(mass / max(axis.size(x), 1), dtype)
+    keep = jnp.broadcast_to(where, x.shape)
+    return jnp.where(keep, mass / axis.sum(keep).astype(dtype), 0.0)

@@ -1,81 +1,120 @@
-"""Cross-entropy of class probabilities, with a rule of its own for the gradient."""
+"""The loss of class probabilities q, `s * -sum(q * log p)` with a factor s for each row: linear in q and in s.
+
+A row whose factor is 0 adds nothing, whatever its logits are.
+"""
 
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from ._class_axis import ClassAxis
-from ._nll import expected_nll, known_terms
-from ._softmax import (
-    ALMOST_HALF,
-    dominant_class,
-    is_perturbed,
-    log_softmax_core,
-    log_softmax_parts,
-    softmax_core,
-    softmax_tangent,
-    to_compute_dtype,
-)
+from . import _kernels as kernels
+from ._label_loss import How, Row, is_easily_underflown, is_perturbed
+from ._linear import inner, linear
+from ._nll import expected_nll
+from ._softmax import add, log_softmax_cotangent, softmax_tangent
 
-# With the mass Q, the sum of q, the gradient is Q p_k - q_k. Where a class has more than half of the probability,
-# that rounds away what p and q leave to the others, so it takes the q of the others minus their share of Q.
+Logits = Float[Array, "..."]
 
 
-@partial(jax.custom_jvp, nondiff_argnums=(2,))
-def expected_loss(x: Float[Array, "..."], q: Float[Array, "..."], axis: ClassAxis) -> Float[Array, "..."]:
-    """`-sum(q * log_p)` of each example, where 0 * -inf counts as 0."""
-    return expected_nll(log_softmax_core(x, axis), q, axis)
+def expected_losses(how: How, x: Logits, q: Logits, s: Row) -> Row:
+    """The loss of each row."""
+    return _linear_in_q(how, False, x, q, s)
 
 
-@partial(expected_loss.defjvp, symbolic_zeros=True)
-def _expected_loss_jvp(
-    axis: ClassAxis, primals: tuple[Array, Array], tangents: tuple[Any, Any]
-) -> tuple[Array, Array]:
-    loss, gradient = _loss_and_gradient(*primals, axis)
-    return loss, _tangent(gradient, *primals, *tangents, axis)
+def expected_total(how: How, x: Logits, q: Logits, s: Row) -> Float[Array, ""]:
+    """The sum of the losses of all rows."""
+    return _linear_in_q(how, True, x, q, s)
 
 
-def _tangent(gradient: Array, x: Array, q: Array, x_dot: Any, q_dot: Any, axis: ClassAxis) -> Array:
-    terms = []
-    if is_perturbed(x_dot):
-        terms.append(axis.sum(gradient * to_compute_dtype(x_dot)))
+def _linear_in_q(how: How, summed: bool, x: Logits, q: Logits, s: Row) -> Array:
+    if how.axis.names:  # JAX knows how sums over devices are transposed
+        log_p = kernels.log_softmax(x, dtype=s.dtype, **how._asdict())
+        losses = _scaled(s, expected_nll(log_p, q, how.axis))
+        return jnp.sum(losses) if summed else losses
+    return linear(partial(_losses, how, summed), partial(_surprises, how, q.dtype), (x, s), q)
+
+
+def _surprises(how: How, dtype: DTypeLike, x: Logits, s: Row, g: Array) -> Logits:
+    """The transpose: `-g * s * log p`, and 0 where a class cannot be."""
+    log_p = kernels.log_softmax(x, dtype=s.dtype, **how._asdict())
+    return (how.axis.expand(-g * s) * jnp.where(log_p == -jnp.inf, 0.0, log_p)).astype(dtype)
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(0, 1))
+def _losses(how: How, summed: bool, x: Logits, s: Row, q: Logits) -> Array:
+    losses = _scaled(s, kernels.expected_loss(x, q, **how._asdict()))
+    return jnp.sum(losses) if summed else losses
+
+
+def _scaled(s: Row, losses: Row) -> Row:
+    return jnp.where(s == 0.0, 0.0, s * losses)
+
+
+@partial(_losses.defjvp, symbolic_zeros=True)
+def _losses_jvp(how: How, summed: bool, primals: Any, tangents: Any) -> tuple[Array, Array]:
+    (x, s, q), (x_dot, s_dot, q_dot) = primals, tangents
+    out, terms = None, []
+    if is_perturbed(x_dot) and summed and not is_easily_underflown(x.dtype):
+        losses, gradient = expected_pass(how, x.dtype, x, q, s)
+        out = jnp.sum(_scaled(s, losses))
+        terms.append(inner(gradient, x_dot))
+    elif is_perturbed(x_dot):
+        along = linear(partial(_along, how), partial(_gradient, how, x.dtype), (x, q, s), x_dot)
+        terms.append(jnp.sum(along) if summed else along)
+    if is_perturbed(s_dot):
+        losses = s_dot * expected_pass(how, x.dtype, x, q, s)[0]
+        terms.append(jnp.sum(losses) if summed else losses)
     if is_perturbed(q_dot):
-        terms.append(-axis.sum(known_terms(log_softmax_core(x, axis), q) * q_dot))
-    return sum(terms[1:], terms[0])
+        terms.append(_linear_in_q(how, summed, x, q_dot, s))
+    return _losses(how, summed, *primals) if out is None else out, add(terms)
 
 
-@partial(jax.custom_jvp, nondiff_argnums=(2,))
-def _loss_and_gradient(
-    x: Float[Array, "..."], q: Float[Array, "..."], axis: ClassAxis
-) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
-    parts = log_softmax_parts(x, axis, True)
-    dominant = dominant_class(x, parts, axis)
-    loss, q = expected_nll(parts.log_p, q, axis), to_compute_dtype(q)
-    mass = axis.sum(q, keepdims=True)
-    of_dominant = axis.sum(jnp.where(dominant, 0.0, q), keepdims=True) - mass * parts.rest
-    # As it is; without this select, XLA would write the sum out for all classes.
-    of_dominant = jnp.where(parts.rest < ALMOST_HALF, of_dominant, 0.0)
-    return loss, jnp.where(dominant, of_dominant, mass * parts.p - q)
+def expected_pass(how: How, dtype: DTypeLike, x: Logits, q: Logits, s: Row) -> tuple[Row, Logits]:
+    """The loss of each row without its factor, and the gradient with it in `dtype`."""
+    return kernels.expected_loss_and_gradient(x, q, s, dtype=dtype, **how._asdict())
 
 
-@partial(_loss_and_gradient.defjvp, symbolic_zeros=True)
-def _loss_and_gradient_jvp(
-    axis: ClassAxis, primals: tuple[Array, Array], tangents: tuple[Any, Any]
-) -> tuple[tuple[Array, Array], tuple[Array, Array]]:
-    (x, q), (x_dot, q_dot) = primals, tangents
-    loss, gradient = _loss_and_gradient(x, q, axis)
-    p = softmax_core(to_compute_dtype(x), axis)
+def _along(how: How, x: Logits, q: Logits, s: Row, t: Logits) -> Row:
+    """The derivative along `t`."""
+    return jnp.sum(expected_pass(how, s.dtype, x, q, s)[1] * t.astype(s.dtype), how.axis.index)
+
+
+def _gradient(how: How, dtype: DTypeLike, x: Logits, q: Logits, s: Row, g: Row) -> Logits:
+    """Its transpose."""
+    return expected_pass(how, dtype, x, q, g * s)[1]
+
+
+@kernels.expected_loss.defjvp
+def _expected_loss_jvp(primals: Any, tangents: Any, **how: Any) -> tuple[Row, Row]:
+    return kernels.expected_loss(*primals, **how), _along_both(How(**how), *primals, *tangents)
+
+
+def _along_both(how: How, x: Logits, q: Logits, x_dot: Logits | None, q_dot: Logits | None) -> Row:
+    dtype = kernels.compute_dtype(x.dtype)
+    one = jnp.ones(x.shape[: how.axis.index] + x.shape[how.axis.index + 1 :], dtype)
     terms = []
-    if is_perturbed(x_dot):
-        mass = axis.sum(to_compute_dtype(q), keepdims=True)
-        terms.append(mass * softmax_tangent(p, to_compute_dtype(x_dot), axis))
-    if is_perturbed(q_dot):
-        q_dot, dominant = to_compute_dtype(q_dot), p > 0.5
-        mass_dot = axis.sum(q_dot, keepdims=True)
-        rest = axis.sum(jnp.where(dominant, 0.0, p), keepdims=True)
-        of_dominant = axis.sum(jnp.where(dominant, 0.0, q_dot), keepdims=True) - rest * mass_dot
-        terms.append(jnp.where(dominant, of_dominant, p * mass_dot - q_dot))
-    return (loss, gradient), (_tangent(gradient, x, q, x_dot, q_dot, axis), sum(terms[1:], terms[0]))
+    if x_dot is not None:
+        terms.append(linear(partial(_along, how), partial(_gradient, how, x.dtype), (x, q, one), x_dot))
+    if q_dot is not None:
+        terms.append(expected_losses(how, x, q_dot, one))
+    return add(terms)
+
+
+@kernels.expected_loss_and_gradient.defjvp
+def _expected_pass_jvp(primals: Any, tangents: Any, *, dtype: DTypeLike, **how: Any) -> tuple[Any, Any]:
+    (x, q, s), (x_dot, q_dot, s_dot) = primals, tangents
+    axis, along, terms = how["axis"], jnp.zeros_like(s), []
+    if x_dot is not None or q_dot is not None:
+        along = _along_both(How(**how), x, q, x_dot, q_dot)
+    if x_dot is not None:
+        mass = axis.sum(q.astype(s.dtype))
+        terms.append(axis.expand(s) * mass * softmax_tangent(x, x_dot, dtype=s.dtype, **how))
+    if q_dot is not None:  # the gradient is linear in q, and in s
+        terms.append(-axis.expand(s) * log_softmax_cotangent(x, q_dot, dtype=s.dtype, **how))
+    if s_dot is not None:
+        terms.append(axis.expand(s_dot) * expected_pass(How(**how), s.dtype, x, q, jnp.ones_like(s))[1])
+    return expected_pass(How(**how), dtype, *primals), (along, add(terms).astype(dtype))

@@ -14,23 +14,27 @@ from jaxtyping import Array, Float, Integer, Shaped
 from ._check import (
     AxisName,
     FloatArray,
+    Implementation,
     LabelArray,
     Reduction,
     check_axis_name,
     check_chunk_size,
     check_floating,
     check_ignore_index,
+    check_implementation,
     check_labels,
     check_number,
     check_reduction,
     check_smoothing,
     check_weight,
 )
-from ._chunks import Chunks, default_chunk_size, packed_chunks, strided_chunks
-from ._class_axis import ClassAxis, vary
-from ._cross_entropy import cross_entropy_core
-from ._nll import counting, mean_divisor, read_labels
-from ._softmax import is_perturbed
+from ._chunks import Chunks, default_chunk_size, packed_chunks, strided_chunks, unseen_parts
+from ._class_axis import ClassAxis, class_axis, vary
+from ._cross_entropy import LossOptions, Mixture, loss_options, mixture, read_target
+from ._kernels import compute_dtype
+from ._label_loss import How, is_easily_underflown, is_perturbed
+from ._linear import inner, linear
+from ._nll import Scale, counting, read_labels, scale_of_all, scale_of_each
 
 
 def linear_cross_entropy(
@@ -47,6 +51,7 @@ def linear_cross_entropy(
     softcap: float | None = None,
     chunk_size: int | None = None,
     axis_name: AxisName | None = None,
+    implementation: Implementation | None = None,
 ) -> Float[Array, "..."]:
     r"""Cross-entropy of `hidden @ kernel + bias`, holding only a chunk of these logits at any time.
 
@@ -76,6 +81,7 @@ def linear_cross_entropy(
         axis_name: inside `jax.shard_map`, the mesh axis (or a tuple of them, major first) over which the classes are
             sharded. `kernel`, `bias`, `weight` and class probabilities are then this device's classes, while class
             indices count through all of them; the reduction is over this device's tokens.
+        implementation: who computes the losses of a chunk, see `cross_entropy`.
 
     Returns:
         A scalar, or one loss per token for `reduction="none"`; float32, or float64 for float64 arguments. Logits and
@@ -109,15 +115,17 @@ def linear_cross_entropy(
     check_weight(weight, kernel.shape[1])
     shape = (*hidden.shape[:-1], kernel.shape[1])
     check_labels("hidden @ kernel", shape, labels, axis, ignore_index)
-    options = _Options(
-        ClassAxis(1, axis.names),
+    check_implementation(implementation)
+    loss = loss_options(
+        class_axis(1, axis.names),
         ignore_index,
+        reduction,
         check_smoothing(label_smoothing),
         check_number("z_loss", z_loss),
-        None if softcap is None else float(softcap),
-        check_chunk_size(chunk_size),
+        implementation,
     )
-    return _linear_cross_entropy(hidden, kernel, bias, weight, labels, options, reduction)
+    options = _Options(loss, None if softcap is None else float(softcap), check_chunk_size(chunk_size))
+    return _linear_cross_entropy(hidden, kernel, bias, weight, labels, options)
 
 
 def _check(hidden: FloatArray, kernel: FloatArray, bias: FloatArray | None, softcap: float | None) -> None:
@@ -141,12 +149,17 @@ def _check(hidden: FloatArray, kernel: FloatArray, bias: FloatArray | None, soft
 class _Options(NamedTuple):
     """What is compiled in."""
 
-    classes: ClassAxis
-    ignore_index: int | None
-    label_smoothing: float
-    z_loss: float
+    loss: LossOptions
     softcap: float | None
     chunk_size: int | None
+
+    @property
+    def classes(self) -> ClassAxis:
+        return self.loss.axis
+
+    @property
+    def how(self) -> How:
+        return How(self.loss.axis, self.loss.implementation)
 
 
 class _Arrays(NamedTuple):
@@ -170,7 +183,7 @@ class _Gradients(NamedTuple):
 _Wanted = tuple[bool, bool, bool]
 
 
-@partial(jax.jit, static_argnums=(5, 6))
+@partial(jax.jit, static_argnums=5)
 def _linear_cross_entropy(
     hidden: FloatArray,
     kernel: FloatArray,
@@ -178,13 +191,20 @@ def _linear_cross_entropy(
     weight: FloatArray | None,
     labels: LabelArray,
     options: _Options,
-    reduction: Reduction,
 ) -> Float[Array, "..."]:
-    arrays = _Arrays(*jax.tree.map(jnp.asarray, (hidden, kernel, bias, weight, labels)))
-    scale = None if reduction == "none" else _scale(options, arrays, reduction)
+    arrays = _Arrays(*jax.tree.map(_at_least_half, (hidden, kernel, bias, weight, labels)))
+    scale, empty = _scale(options, arrays)
     shardings = [jax.typeof(x).sharding for x in jax.tree.leaves(arrays)]
     mesh = next((sharding.mesh for sharding in shardings if any(sharding.spec)), None)
-    return _on_device(options, arrays, scale) if mesh is None else _across_devices(options, arrays, scale, mesh)
+    loss = _on_device(options, arrays, scale) if mesh is None else _across_devices(options, arrays, scale, mesh)
+    return loss + empty
+
+
+def _at_least_half(x: Any) -> Array:
+    """Narrower floats in float32: matrix products of them differ from machine to machine."""
+    x = jnp.asarray(x)
+    narrow = jnp.issubdtype(x.dtype, jnp.floating) and jnp.finfo(x.dtype).bits < 16
+    return x.astype(jnp.float32) if narrow else x
 
 
 def _across_devices(
@@ -210,7 +230,7 @@ def _across_devices(
     specs = tuple(None if x is None else spec for x, spec in zip(arrays, specs, strict=True))
     shardings = jax.tree.map(partial(NamedSharding, mesh), specs)
     parts = jax.tree.map(jax.sharding.reshard, tuple(arrays), shardings)
-    options = options._replace(classes=ClassAxis(1, class_names))
+    options = options._replace(loss=options.loss._replace(axis=ClassAxis(1, class_names)))
 
     def part(parts: Any, scale: Array | None) -> Array:
         loss = _on_device(options, _Arrays(*parts), scale)
@@ -233,18 +253,14 @@ def _names(*entries: str | tuple[str, ...] | None) -> tuple[str, ...]:
     return tuple(name for entry in entries if entry for name in ((entry,) if isinstance(entry, str) else entry))
 
 
-def _scale(options: _Options, arrays: _Arrays, reduction: Reduction) -> Float[Array, ""]:
-    """The factor of the summed losses."""
-    dtype = _compute_dtype(arrays)
-    if reduction == "sum":
-        return jnp.ones((), dtype)
-    classes = options.classes.size(arrays.kernel)
+def _scale(options: _Options, arrays: _Arrays) -> Scale:
+    """What reduces the losses of all tokens."""
+    dtype, classes = _compute_dtype(arrays), options.classes.size(arrays.kernel)
     if jnp.issubdtype(arrays.labels.dtype, jnp.floating):
-        tokens = math.prod(arrays.hidden.shape[:-1])
-        return 1.0 / jnp.asarray(tokens if classes else jnp.nan, dtype)
-    names = options.classes.names
-    target = read_labels(arrays.labels, classes, arrays.weight, options.ignore_index, dtype, names)
-    return 1.0 / mean_divisor(target, dtype)
+        return scale_of_all(math.prod(arrays.hidden.shape[:-1]), classes, options.loss.reduction, dtype)
+    ignored, names = options.loss.ignore_index, options.classes.names
+    target = read_labels(arrays.labels, classes, arrays.weight, ignored, dtype, names)
+    return scale_of_each(target, options.loss.reduction, dtype)
 
 
 def _on_device(options: _Options, arrays: _Arrays, scale: Float[Array, ""] | None) -> Float[Array, "..."]:
@@ -284,12 +300,17 @@ def _total_jvp(options: _Options, primals: tuple[_Arrays, Array], tangents: tupl
     losses, gradients = _losses_and_gradients(
         options, wanted, arrays, jnp.broadcast_to(scale, arrays.hidden.shape[:1])
     )
-    terms = [jnp.sum(g * t.astype(g.dtype)) for g, t in zip(jax.tree.leaves(gradients), linear_dot, strict=True)]
+    terms = [_kept(g, t) for g, t in zip(jax.tree.leaves(gradients), linear_dot, strict=True)]
     tangent = options.classes.total(sum(terms, jnp.zeros((), losses.dtype)))
     total = jnp.sum(losses)
     if is_perturbed(scale_dot):
         tangent += total * scale_dot
     return scale * total, tangent
+
+
+def _kept(gradient: Array, t: Array) -> Float[Array, ""]:
+    """The derivative along `t`, which keeps the gradient in the dtype of what it is the gradient of."""
+    return inner(gradient if is_easily_underflown(t.dtype) else gradient.astype(t.dtype), t)
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
@@ -313,47 +334,20 @@ def _directional(
 ) -> Float[Array, " tokens"]:
     """Derivative J of each loss along `direction`: `J v`, whose transpose is `_losses_and_gradients`.
 
-    AD would transpose the loop of `J v` to one that makes a new array of the kernel's size in every step. The public
-    way to name a linear function's transpose oneself, under every transform, is custom_linear_solve: the solution of
-    [[1, 0], [-J, 1]] (v, u) = (v, 0) is (v, J v), and that of the transposed system for (0, c) is (J^T c, c).
+    AD would transpose the loop of `J v` to one that makes a new array of the kernel's size in every step.
     """
-    zero = vary(jnp.zeros(arrays.hidden.shape[0], _compute_dtype(arrays)), arrays, direction)
-    direction = tuple(vary(v.astype(zero.dtype), zero) for v in direction)
+    leaves, structure = jax.tree.flatten(arrays)
 
-    def vary_like_all(x: Array) -> Array:
-        return vary(x, arrays)
+    def along(*values: Array) -> Array:
+        known, v = values[: len(leaves)], values[len(leaves) :]
+        return _sweep_directional(options, wanted, jax.tree.unflatten(structure, known), v)
 
-    arrays = jax.tree.map(vary_like_all, arrays)  # custom_linear_solve would do so, but only when it is lowered
+    def transposed(*values: Array) -> tuple[Array, ...]:
+        known, c = values[: len(leaves)], values[-1]
+        gradients = _losses_and_gradients(options, wanted, jax.tree.unflatten(structure, known), c)[1]
+        return tuple(g.astype(v.dtype) for g, v in zip(jax.tree.leaves(gradients), direction, strict=True))
 
-    def known() -> _Arrays:
-        # Labels are the same on all devices that share a token; pmax says so again.
-        if not options.classes.names or arrays.labels.ndim > 1:
-            return arrays
-        return arrays._replace(labels=jax.lax.pmax(arrays.labels, options.classes.names))
-
-    def along(v: tuple[Array, ...]) -> Array:
-        return _sweep_directional(options, wanted, known(), v)
-
-    def transposed(c: Array) -> tuple[Array, ...]:
-        return tuple(jax.tree.leaves(_losses_and_gradients(options, wanted, known(), c)[1]))
-
-    def matvec(v_u: Any) -> Any:
-        v, u = v_u
-        # For second derivatives custom_linear_solve wants every output, here and in the transpose, to depend on the
-        # arrays: this 1 is 1 plus the sum of no entries of each.
-        one = vary(jnp.ones((), zero.dtype), arrays)
-        _, linear = jax.linearize(along, tuple(map(jnp.zeros_like, v)))  # JAX transposes no other loop before 0.10
-        return tuple(one * part for part in v), one * u - linear(v)
-
-    def solve(_: Callable[[Any], Any], v_u: Any) -> Any:
-        v, u = v_u
-        return v, u + along(v)
-
-    def transpose_solve(_: Callable[[Any], Any], v_u: Any) -> Any:
-        v, u = v_u
-        return tuple(a + b for a, b in zip(v, transposed(u), strict=True)), u
-
-    return jax.lax.custom_linear_solve(matvec, (direction, zero), solve, transpose_solve)[1]
+    return linear(along, transposed, tuple(leaves), *direction)
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0, 1))
@@ -424,13 +418,13 @@ def _sweep(
             if differentiable:
                 of_kernel = of_kernel + terms.kernel
             else:
-                of_kernel = _add_product(of_kernel, x, terms.kernel, by_class=options.classes.is_whole(kernel))
+                of_kernel = _add_product(of_kernel, x, terms.kernel, by_class=unseen_parts(kernel) == 1)
         if of_bias is not None and terms.bias is not None:
             of_bias = of_bias + terms.bias
         losses = chunks.put(losses, jnp.where(counts, loss, 0.0), i)
         return losses, _Gradients(of_hidden, of_kernel, of_bias)
 
-    zero = vary(jnp.zeros((), dtype), arrays, scale)
+    zero = vary(jnp.zeros((), dtype), *jax.tree.leaves((arrays, scale)))
     start = (
         chunks.spread(jnp.broadcast_to(options.classes.total(zero), tokens)),
         _Gradients(
@@ -485,7 +479,7 @@ def _sweep_directional(
     ) -> Array:
         ones = jnp.ones(x.shape[0], dtype)
         _, g = _losses_and_gradient_of_logits(options, y, weight, ones, _logits(x, kernel, bias))
-        logits_dot = jnp.zeros((), dtype) if bias_dot is None else bias_dot
+        logits_dot = jnp.zeros((1, 1), dtype) if bias_dot is None else bias_dot[None]
         if x_dot is not None:
             logits_dot += _dot(x_dot, kernel.astype(dtype), 1, 0, dtype)
         if kernel_dot is not None:
@@ -500,7 +494,7 @@ def _sweep_directional(
         rows = along(x, kernel, bias, weight, y, x_dot, kernel_dot, bias_dot)
         return chunks.put(tangent, jnp.where(counts, rows, 0.0), i), None
 
-    start = vary(chunks.spread(jnp.zeros(hidden.shape[0], dtype)), arrays, direction)
+    start = vary(chunks.spread(jnp.zeros(hidden.shape[0], dtype)), *jax.tree.leaves((arrays, direction)))
     tangent = jax.lax.scan(step, start, jnp.arange(chunks.steps))[0] if hidden.shape[0] else start
     return chunks.gather(tangent)
 
@@ -510,27 +504,15 @@ def _logits(
     kernel: Float[Array, "features classes"],
     bias: Float[Array, " classes"] | None,
 ) -> Float[Array, "size classes"]:
-    logits = _dot(x, kernel, 1, 0, jnp.promote_types(x.dtype, jnp.float32))
-    return logits if bias is None else logits + bias.astype(logits.dtype)
+    logits = _dot(x, kernel, 1, 0, compute_dtype(x.dtype))
+    return logits if bias is None else logits + bias.astype(logits.dtype)[None]
 
 
 def _losses_of_logits(
     options: _Options, labels: Array, weight: Float[Array, " classes"] | None, logits: Float[Array, "size classes"]
 ) -> Float[Array, " size"]:
-    if options.softcap is not None:
-        logits = options.softcap * jnp.tanh(logits / options.softcap)
-    return cross_entropy_core(
-        logits,
-        labels,
-        None,
-        weight,
-        options.classes,
-        options.ignore_index,
-        "none",
-        options.label_smoothing,
-        options.z_loss,
-        in_place=True,
-    )
+    logits = _capped(options, logits)
+    return _mixture(options, labels, weight, logits).rows(options.how, logits, jnp.ones((), logits.dtype))
 
 
 def _losses_and_gradient_of_logits(
@@ -541,15 +523,22 @@ def _losses_and_gradient_of_logits(
     logits: Float[Array, "size classes"],
 ) -> tuple[Float[Array, " size"], Float[Array, "size classes"]]:
     """The losses, and the gradient of `sum(scale * losses)`."""
-
-    def losses(logits: Array) -> tuple[Array, Array]:
-        loss = _losses_of_logits(options, labels, weight, logits)
-        return vary(loss, logits), loss
-
-    # If the classes are split, the pullback sums cotangents over the devices that hold them, and all have the same.
-    _, pullback, loss = jax.vjp(losses, logits, has_aux=True)
-    (gradient,) = pullback(vary(scale / jax.lax.axis_size(options.classes.names), logits))
+    logits = _capped(options, logits)
+    losses = _mixture(options, labels, weight, logits)
+    loss, gradient = losses.rows_and_gradient(options.how, logits, scale)
+    if options.softcap is not None:
+        gradient = gradient * (1.0 - (logits / options.softcap) ** 2)
     return loss, gradient
+
+
+def _capped(options: _Options, logits: Float[Array, "size classes"]) -> Float[Array, "size classes"]:
+    return logits if options.softcap is None else options.softcap * jnp.tanh(logits / options.softcap)
+
+
+def _mixture(
+    options: _Options, labels: Array, weight: Float[Array, " classes"] | None, logits: Float[Array, "size classes"]
+) -> Mixture:
+    return mixture(logits, labels, read_target(logits, labels, weight, options.loss), None, weight, options.loss)
 
 
 def _add_product(
@@ -581,9 +570,9 @@ def _dot(a: Array, b: Array, a_axis: int, b_axis: int, dtype: jnp.dtype) -> Arra
 def _chunks(options: _Options, arrays: _Arrays, *, skip: bool) -> Chunks:
     tokens, features = arrays.hidden.shape
     size = options.chunk_size or default_chunk_size(tokens, features)
-    counts = counting(arrays.labels, options.ignore_index)
+    counts = counting(arrays.labels, options.loss.ignore_index)
     # Under automatic sharding nobody knows yet how the tokens will be split.
-    if ClassAxis(0).unseen_parts(arrays.hidden) > 1:
+    if unseen_parts(arrays.hidden) > 1:
         return strided_chunks(tokens, size, counts)
     return packed_chunks(tokens, size, counts, skip=skip)
 

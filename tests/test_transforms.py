@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import export, lax
+from jax.experimental import jet
 from jax.test_util import check_grads
 
 import jaxent
@@ -354,3 +355,103 @@ def test_probabilities_of_any_dtype_beside_logits_of_any(of_logits, of_labels):
         eps = float(jnp.finfo(of_logits).eps)
         expected = jax.jacfwd(jax.grad(plain), 1)(*exact)
         np.testing.assert_allclose(mixed.astype("float64"), expected, rtol=16 * eps, atol=eps)
+
+
+# Batches and classes of symbolic sizes. Labels are drawn so that they fit every size that is tried.
+_SYMBOLIC = {
+    "softmax": lambda x, y, w: jaxent.softmax(x),
+    "log_softmax": lambda x, y, w: jaxent.log_softmax(x),
+    "where": lambda x, y, w: jaxent.softmax(x, where=w > 0) + jnp.exp(jaxent.log_softmax(x, where=w > 0)),
+    "nll": lambda x, y, w: jaxent.nll(jaxent.log_softmax(x), y, weight=w),
+    "cross_entropy": lambda x, y, w: jaxent.cross_entropy(x, y),
+    "cross_entropy none": lambda x, y, w: jaxent.cross_entropy(x, y, reduction="none", label_smoothing=0.1),
+    "cross_entropy with all": lambda x, y, w: jaxent.cross_entropy(
+        x, y, where=w > 0, weight=w, label_smoothing=0.1, z_loss=0.1
+    ),
+    "probabilities": lambda x, y, w: jaxent.cross_entropy(x, jax.nn.softmax(-x), weight=w, label_smoothing=0.1),
+    "linear_cross_entropy": lambda x, y, w: jaxent.linear_cross_entropy(x[:, :4], jnp.ones((4, 1)) * w, y, bias=w),
+    "linear_cross_entropy none": lambda x, y, w: jaxent.linear_cross_entropy(
+        x[:, :4], jnp.ones((4, 1)) * w, y, reduction="none"
+    ),
+}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", _SYMBOLIC)
+def test_export_of_symbolic_shapes(name, dtype):
+    f = _SYMBOLIC[name]
+
+    def run(x, y, w):
+        out, pullback = jax.vjp(lambda x: f(x, y, w), x)
+        return out, pullback(jnp.ones_like(out))[0]
+
+    n, c = export.symbolic_shape("n, c", constraints=["c >= 5"])
+    shapes = [((n, c), dtype), ((n,), "int32"), ((c,), dtype)]
+    exported = export.export(jax.jit(run))(*(jax.ShapeDtypeStruct(*shape) for shape in shapes))
+    for n, c in ((3, 5), (40, 70), (1, 300)):
+        x = jnp.asarray(_RNG.normal(size=(n, c)), dtype)
+        y, w = jnp.asarray(np.arange(n) % 5, jnp.int32), jnp.linspace(0.0, 2.0, c, dtype=dtype)
+        _close(*(jax.tree.map(lambda a: np.asarray(a, np.float32), g(x, y, w)) for g in (exported.call, jax.jit(run))), 1e-5)
+
+
+def test_rank_promotion_may_raise(x):
+    with jax.numpy_rank_promotion("raise"):
+        for f in CASES.values():
+            jax.block_until_ready(jax.value_and_grad(lambda x, f=f: f(x).sum())(x))
+        w = jnp.asarray(WEIGHT, x.dtype)
+        for labels in (LABELS, TARGETS.astype(np.float32)):
+            for options in ({}, {"label_smoothing": 0.1, "z_loss": 0.1, "softcap": 5.0}):
+
+                def fused(hidden, kernel, bias, labels=labels, options=options):
+                    return jaxent.linear_cross_entropy(hidden, kernel, labels, bias=bias, weight=w, **options)
+
+                jax.block_until_ready(jax.grad(fused, (0, 1, 2))(jnp.ones((N, 3)), jnp.ones((3, C)), jnp.ones(C)))
+
+
+@pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
+def test_what_is_linear_can_be_transposed(reduction, x):
+    """nll in its log-probabilities, cross_entropy in class probabilities; and both have that as their derivative."""
+    q = jnp.asarray(TARGETS, jnp.float32)
+    for f, at in (
+        (lambda log_p: jaxent.nll(log_p, LABELS, reduction=reduction, weight=jnp.asarray(WEIGHT, jnp.float32)), x),
+        (lambda log_p: jaxent.nll(log_p, q, reduction=reduction), x),
+        (lambda q: jaxent.cross_entropy(x, q, reduction=reduction), q),
+    ):
+        out, pullback = jax.vjp(f, at)
+        (want,) = pullback(jnp.ones_like(out))
+        (got,) = jax.linear_transpose(f, at)(jnp.ones_like(out))
+        _close(got, want)
+        _close(jax.jvp(f, (at,), (at,)), (out, out))
+        _close(jnp.sum(want * at), jnp.sum(out))
+
+
+@pytest.mark.parametrize("name", ["softmax", "softmax where", "log_softmax", "log_softmax where"])
+def test_jet(name, x):
+    """Taylor coefficients to the third order, against nested forward mode; docs/differences.md says why no loss."""
+    f, direction = CASES[name], jnp.asarray(COTANGENT, x.dtype)
+    _, (first, second, third) = jet.jet(f, (x,), ((direction, jnp.zeros_like(x), jnp.zeros_like(x)),))
+
+    def along(g):
+        return lambda x: jax.jvp(g, (x,), (direction,))[1]
+
+    _close(first, along(f)(x), 1e-4)
+    _close(second, along(along(f))(x), 1e-3)
+    _close(third, along(along(along(f)))(x), 1e-2)
+
+
+@pytest.mark.parametrize("scale", [3e9, 1e12, 1e18])
+@pytest.mark.parametrize("axis", [0, 1])
+def test_z_loss_of_logits_made_as_a_product(scale, axis):
+    """fma made inf of logits above 1e9; z_loss is the largest logit squared, to the last digits."""
+    x = jnp.asarray(_RNG.uniform(0.1, 1, (16, 48)), jnp.float32)
+    factor = np.float32(scale / 3)
+    labels = jnp.zeros(x.shape[1 - axis], jnp.int32)
+
+    def loss(x):
+        return jaxent.cross_entropy(x * factor, labels, axis=axis, z_loss=1e-4, reduction="none")
+
+    value, gradient = jax.jit(jax.value_and_grad(lambda x: loss(x).sum()))(x)
+    largest = np.float64(np.asarray(x) * factor).max(axis)
+    own = np.float64(np.asarray(x) * factor).take(0, axis)
+    np.testing.assert_allclose(value, np.sum(1e-4 * largest**2 + largest - own), rtol=1e-5)
+    assert np.isfinite(gradient).all()

@@ -1,0 +1,178 @@
+"""The seam between meaning and machines: every row function is a JAX primitive, and its lowering picks the kernel.
+
+`xla.py` has the plain form of each. A machine's file beside it, named in `MACHINES`, has functions of the same names
+and arguments for what it does better, and says in `refusal` which arguments it does not take. Nothing here knows of
+derivatives, of what labels mean, of weights or of reductions.
+"""
+
+import importlib
+from collections.abc import Callable
+from functools import partial, wraps
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import jet
+from jax.extend.core import Primitive
+from jax.interpreters import ad, batching, mlir
+from jax.sharding import AxisType, PartitionSpec
+
+from .._class_axis import ClassAxis
+from . import xla
+from .xla import compute_dtype as compute_dtype
+from .xla import wide as wide
+
+
+class Machine(NamedTuple):
+    """Who serves a platform: a module, and how `implementation` calls it."""
+
+    module: str
+    implementation: str
+
+
+MACHINES: dict[str, Machine] = {}  # by platform, as JAX calls it when it lowers
+
+
+def implementations() -> tuple[str, ...]:
+    """What may be asked for by name."""
+    return ("xla", *sorted({machine.implementation for machine in MACHINES.values()}))
+
+
+def _row_function(plain: Callable[..., Any]) -> Any:
+    """`plain` as a primitive. Logits come first, then arrays of their shape or of their rows' shape."""
+    primitive = Primitive(f"jaxent_{plain.__name__}")
+    primitive.multiple_results = True
+
+    def form(*arrays: Any, implementation: str | None = None, **options: Any) -> tuple[Any, ...]:
+        del implementation
+        return as_tuple(plain(*arrays, **options))
+
+    def abstract(*avals: Any, **options: Any) -> Any:
+        return jax.make_jaxpr(partial(form, **options))(*avals).out_avals
+
+    def batched(arrays: Any, dims: Any, *, axis: ClassAxis, **options: Any) -> Any:
+        sizes = [x.shape[d] for x, d in zip(arrays, dims, strict=True) if d is not None]
+        arrays = [batch_first(x, d, sizes[0]) for x, d in zip(arrays, dims, strict=True)]
+        out = primitive.bind(*arrays, axis=axis.behind(1), **options)
+        return out, [0] * len(out)
+
+    def lower(context: mlir.LoweringRuleContext, *arrays: Any, **options: Any) -> Any:
+        kernel = _kernel(context, plain.__name__, **options)
+        if kernel is None:
+            return mlir.lower_fun(form)(context, *arrays, **options)
+        del options["implementation"]
+
+        def served(*arrays: Any) -> tuple[Any, ...]:
+            return as_tuple(kernel(*arrays, **options))
+
+        return mlir.lower_fun(served)(context, *arrays)
+
+    def taylor(primals: Any, series: Any, **options: Any) -> Any:
+        return jet.jet(partial(form, **options), primals, series, factorial_scaled=False)
+
+    primitive.def_impl(form)
+    primitive.def_abstract_eval(abstract)
+    batching.primitive_batchers[primitive] = batched
+    mlir.register_lowering(primitive, lower)
+    jet.jet_rules[primitive] = taylor
+
+    def defjvp(rule: Callable[..., Any]) -> Callable[..., Any]:
+        """Take a rule of primals, tangents (None where there is none) and options, for the meaning to give.
+
+        Not by `jax.custom_jvp`, whose rules are forgotten in the loops and checkpoints of a first derivative.
+        """
+
+        def of_primitive(primals: Any, tangents: Any, **options: Any) -> Any:
+            moving = [None if isinstance(t, ad.Zero) else t for t in tangents]
+            return tuple(map(as_tuple, rule(primals, moving, **options)))
+
+        ad.primitive_jvps[primitive] = of_primitive
+        return rule
+
+    @wraps(plain)
+    def bound(*arrays: Any, implementation: str | None = None, **options: Any) -> Any:
+        run = partial(primitive.bind, implementation=implementation, **options)
+        if MACHINES and implementation != "xla":
+            run = _on_each_device(run, arrays, options["axis"])
+        out = run(*arrays)
+        return out[0] if len(out) == 1 else tuple(out)
+
+    function: Any = bound
+    function.defjvp = defjvp
+    return function
+
+
+def as_tuple(out: Any) -> tuple[Any, ...]:
+    """One result or several, as several."""
+    return out if isinstance(out, tuple) else (out,)
+
+
+def batch_first(x: Any, dim: Any, size: int) -> Any:
+    """A batch of `x` whose axis leads, under `jax.vmap`."""
+    if dim is None:
+        return jnp.broadcast_to(x, (size, *x.shape))
+    return jnp.moveaxis(x, dim, 0)
+
+
+def _on_each_device(run: Callable[..., Any], arrays: tuple[Any, ...], axis: ClassAxis) -> Callable[..., Any]:
+    """Under explicit sharding with whole classes: each device with its own rows, as a kernel needs it."""
+    sharding = jax.typeof(arrays[0]).sharding
+    kinds = zip(sharding.mesh.axis_names, sharding.mesh.axis_types, strict=True)
+    explicit = {name for name, kind in kinds if kind == AxisType.Explicit}
+    rows = (*sharding.spec[: axis.index], *sharding.spec[axis.index + 1 :])
+    if not explicit or not any(rows) or sharding.spec[axis.index] is not None:
+        return run
+    specs = [sharding.spec if x.ndim == arrays[0].ndim else PartitionSpec(*rows) for x in arrays]
+    out = [sharding.spec if x.ndim == arrays[0].ndim else PartitionSpec(*rows) for x in jax.eval_shape(run, *arrays)]
+    mapped = jax.shard_map(run, mesh=sharding.mesh, in_specs=tuple(specs), out_specs=out, axis_names=explicit)
+    return lambda *arrays: mapped(
+        *(jax.sharding.reshard(x, jax.NamedSharding(sharding.mesh, s)) for x, s in zip(arrays, specs, strict=True))
+    )
+
+
+def _kernel(
+    context: mlir.LoweringRuleContext, name: str, *, implementation: str | None, axis: ClassAxis, **options: Any
+) -> Callable[..., Any] | None:
+    """The machine's own function, or None where the plain form serves."""
+    if implementation == "xla":
+        return None
+    platforms = context.platforms or context.module_context.platforms
+    machine = MACHINES.get(platforms[0]) if len(platforms) == 1 else None
+    if machine is None or implementation not in (None, machine.implementation):
+        why_not, module = f"it has no kernels for {' and '.join(platforms)}", None
+    else:
+        module = importlib.import_module(machine.module)
+        why_not = _not_here(context, axis) or module.refusal(name, *context.avals_in, axis=axis, **options)
+    if why_not is None:
+        return getattr(module, name)
+    if implementation is not None:
+        raise ValueError(f"implementation={implementation!r} cannot serve {name} here: {why_not}")
+    return None
+
+
+def _not_here(context: mlir.LoweringRuleContext, axis: ClassAxis) -> str | None:
+    """Why no kernel serves in this program, which a compiler might have to cut or to keep."""
+    if axis.names:
+        return "the class axis is sharded"
+    if context.module_context.lowering_parameters.for_export:
+        return "the program is exported"
+    place = context.module_context.axis_context
+    manual = getattr(place, "manual_axes", frozenset())
+    mesh = getattr(place, "mesh", None)
+    automatic = (
+        getattr(place, "num_devices", 1)
+        if mesh is None
+        else max([size for axis_name, size in mesh.shape.items() if axis_name not in manual], default=1)
+    )
+    return "the program is sharded automatically over several devices" if automatic > 1 else None
+
+
+softmax = _row_function(xla.softmax)
+log_softmax = _row_function(xla.log_softmax)
+softmax_derivative = _row_function(xla.softmax_derivative)
+log_softmax_derivative = _row_function(xla.log_softmax_derivative)
+log_softmax_pullback = _row_function(xla.log_softmax_pullback)
+label_loss = _row_function(xla.label_loss)
+label_loss_and_gradient = _row_function(xla.label_loss_and_gradient)
+expected_loss = _row_function(xla.expected_loss)
+expected_loss_and_gradient = _row_function(xla.expected_loss_and_gradient)

@@ -1,0 +1,192 @@
+r"""The plain form of every row function, for any machine: what a kernel must compute.
+
+Each takes logits $x$ whose classes lie along `axis`, and arrays of their shape or of that of their rows, which is
+without `axis`. Half precision is computed in float32. With the largest logit $m$, $e_k = \exp(x_k - m)$ and
+$T = \sum_k e_k$. Where a class dominates, $1 - p$ of it would be the difference of two nearly equal numbers, and the
+sum over all others is not: docs/numerics.md derives the formulas.
+
+Written for the compilers of TPUs and GPUs, which make one pass of sums that wait for nothing but the same maximum.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+from jaxtyping import Array, Bool, Float, Integer
+
+from .._class_axis import ClassAxis
+
+Logits = Float[Array, "..."]
+Row = Float[Array, "..."]
+
+
+def softmax(x: Logits, *, axis: ClassAxis, dtype: DTypeLike) -> Logits:
+    """$e_k / T$. One reduction over the exponentials: XLA makes one kernel of it for rows that fit fast memory."""
+    e = _exponentials(x, axis).e
+    return (e / axis.sum(e)).astype(dtype)
+
+
+def log_softmax(x: Logits, *, axis: ClassAxis, dtype: DTypeLike) -> Logits:
+    r"""$x_k - m - \log T$."""
+    r = _exponentials(x, axis)
+    return (r.d - _log_total(*_sums(r, axis))).astype(dtype)
+
+
+def softmax_derivative(x: Logits, t: Logits, *, axis: ClassAxis, dtype: DTypeLike) -> Logits:
+    r"""$p_k (t_k - \sum_j p_j t_j)$: the derivative of `softmax` along $t$, and its transpose."""
+    r = _exponentials(x, axis)
+    t = wide(t).astype(r.e.dtype)
+    total, others = _sums(r, axis)
+    dominant, own, mean = _mean(r, t, total, others, axis)
+    return (r.e / total * (jnp.where(dominant, 0.0, t - own) - mean)).astype(dtype)
+
+
+def log_softmax_derivative(x: Logits, t: Logits, *, axis: ClassAxis, dtype: DTypeLike) -> Logits:
+    r"""$t_k - \sum_j p_j t_j$: the derivative of `log_softmax` along $t$."""
+    r = _exponentials(x, axis)
+    t = wide(t).astype(r.e.dtype)
+    dominant, own, mean = _mean(r, t, *_sums(r, axis), axis)
+    return (jnp.where(dominant, 0.0, t - own) - mean).astype(dtype)
+
+
+def log_softmax_pullback(x: Logits, g: Logits, *, axis: ClassAxis, dtype: DTypeLike) -> Logits:
+    r"""$g_k - p_k \sum_j g_j$: the transpose of `log_softmax_derivative`."""
+    r = _exponentials(x, axis)
+    g = wide(g).astype(r.e.dtype)
+    total, others = _sums(r, axis)
+    of_largest, of_others = axis.sum(jnp.where(r.largest, g, 0.0)), axis.sum(jnp.where(r.largest, 0.0, g))
+    of_dominant = (of_largest * others - of_others) / total
+    every = g - r.e * ((of_largest + of_others) / total)
+    return jnp.where(r.e > _threshold(total), of_dominant, every).astype(dtype)
+
+
+def label_loss(x: Logits, y: Integer[Array, "..."], *, axis: ClassAxis) -> tuple[Row, Row, Row]:
+    r"""Of each row $-\log p_y$, the mean of $-\log p_k$ over all classes, and $\log \sum_k \exp x_k$.
+
+    A label below 0 stands for none: zeros. One that is too large gives NaN.
+    """
+    return _losses(x, y, axis)[:3]
+
+
+def label_loss_and_gradient(
+    x: Logits, y: Integer[Array, "..."], a: Row, u: Row, z: Row, *, axis: ClassAxis, dtype: DTypeLike
+) -> tuple[Row, Row, Row, Logits]:
+    r"""`label_loss`, $(l, \bar l, s)$, and the gradient of $a l + u \bar l + z s^2$.
+
+    That is $(a + u + 2 z s) p_k - u / C$ for all classes but the label, which has $-a$ more: together $-a$ times the
+    probability of the others.
+    """
+    loss, uniform, lse, label, e, others, of_label = _losses(x, y, axis)
+    a, u, z, s = map(axis.expand, (a, u, z, lse))
+    total, shared = others + of_label, u + 2.0 * z * s
+    gradient = jnp.where(label, (shared * of_label - a * others) / total, e / total * (a + shared))
+    gradient = gradient - u / max(axis.size(x), 1)
+    return loss, uniform, lse, jnp.where(axis.expand(y < 0), 0.0, gradient).astype(dtype)
+
+
+def expected_loss(x: Logits, q: Logits, *, axis: ClassAxis) -> Row:
+    r"""$-\sum_k q_k \log p_k$ of each row, where 0 times infinity is 0."""
+    r = _exponentials(x, axis)
+    q = wide(q).astype(r.e.dtype)
+    gaps = axis.sum(jnp.where(q == 0.0, 0.0, -q * r.d))
+    return axis.squeeze(gaps + axis.sum(q) * _log_total(*_sums(r, axis)))
+
+
+def expected_loss_and_gradient(
+    x: Logits, q: Logits, a: Row, *, axis: ClassAxis, dtype: DTypeLike
+) -> tuple[Row, Logits]:
+    r"""`expected_loss`, and $a$ times its gradient $p_k \sum_j q_j - q_k$, which is 0 where $a$ is."""
+    r = _exponentials(x, axis)
+    wide_q = wide(q).astype(r.e.dtype)
+    total, others = _sums(r, axis)
+    mass, of_others = axis.sum(wide_q), axis.sum(jnp.where(r.largest, 0.0, wide_q))
+    gradient = jnp.where(r.e > _threshold(total), of_others - mass * others / total, mass / total * r.e - wide_q)
+    a = axis.expand(a)
+    return expected_loss(x, q, axis=axis), jnp.where(a == 0.0, 0.0, a * gradient).astype(dtype)
+
+
+def compute_dtype(dtype: DTypeLike) -> jnp.dtype:
+    """In which logits of `dtype` are computed: at least float32."""
+    return jnp.dtype(dtype if jnp.finfo(dtype).bits > 32 else jnp.float32)
+
+
+def wide(x: Float[Array, "..."]) -> Float[Array, "..."]:
+    """`x` in at least float32, in which all arithmetic is done.
+
+    Where the caller's jit makes half-precision numbers, XLA leaves out their rounding for some of the users that
+    convert them back and not for others: what one takes for the maximum, another would not find. Rounding again
+    makes all of them see the same numbers.
+    """
+    dtype = compute_dtype(x.dtype)
+    if x.dtype == dtype:
+        return x
+    if x.dtype not in (jnp.bfloat16, jnp.float16):  # narrower ones do not round as IEEE's formats do
+        return jax.lax.optimization_barrier(x).astype(dtype)
+    info = jnp.finfo(x.dtype)
+    return jax.lax.reduce_precision(x.astype(dtype), info.nexp, info.nmant)
+
+
+class _Exponentials(NamedTuple):
+    largest: Bool[Array, "..."]  # x_k = m
+    d: Logits  # x_k - m
+    e: Logits  # exp(x_k - m)
+    m: Row  # keeps the axis
+
+
+def _exponentials(x: Logits, axis: ClassAxis) -> _Exponentials:
+    x = wide(x)
+    m = axis.max(x)
+    # The largest class's difference is written down, not computed: where the caller's jit makes x as a product, a
+    # compiler may contract that and the subtraction to one fma, whose result is the rounding error of the product.
+    # Times 0, so that infinities and what is beside them become NaN: nothing is known of such a row.
+    largest = x == m
+    d = jnp.where(largest, x * 0.0, x - m)
+    return _Exponentials(largest, d, jnp.exp(d), m)
+
+
+def _sums(r: _Exponentials, axis: ClassAxis) -> tuple[Row, Row]:
+    """T, and what it is without the largest class where that leads by far."""
+    return axis.sum(r.e), axis.sum(jnp.where(r.largest, 0.0, r.e))
+
+
+# Below this sum one class holds two thirds of the probability: there is no second one that is as large.
+_DOMINATED = 1.5
+
+
+def _log_total(total: Row, others: Row) -> Row:
+    return jnp.where(total < _DOMINATED, jnp.log1p(others), jnp.log(total))
+
+
+def _threshold(total: Row) -> Row:
+    """What only a dominant class's exponential exceeds."""
+    return jnp.where(total < _DOMINATED, 0.75, 2.0)
+
+
+def _mean(
+    r: _Exponentials, t: Logits, total: Row, others: Row, axis: ClassAxis
+) -> tuple[Bool[Array, "..."], Row, Row]:
+    """Which class dominates, its tangent (0 if none does), and the mean of all tangents relative to that."""
+    of_largest, of_others = axis.sum(jnp.where(r.largest, t, 0.0)), axis.sum(jnp.where(r.largest, 0.0, r.e) * t)
+    dominated = total < _DOMINATED
+    own = jnp.where(dominated, of_largest, 0.0)
+    mean = (of_others + jnp.where(dominated, -others * of_largest, of_largest)) / total
+    return r.e > _threshold(total), own, mean
+
+
+def _losses(
+    x: Logits, y: Integer[Array, "..."], axis: ClassAxis
+) -> tuple[Row, Row, Row, Bool[Array, "..."], Logits, Row, Row]:
+    """`label_loss`, and what its gradient is made of: the label, the others' exponentials and their sum, its own."""
+    r, label = _exponentials(x, axis), axis.one_hot(y, x)
+    e = jnp.where(label, 0.0, r.e)
+    others, of_label, classes = axis.sum(e), axis.sum(jnp.where(label, wide(x), 0.0)), axis.size(x)
+    d = jnp.where(of_label == r.m, of_label * 0.0, of_label - r.m)
+    d = jnp.where(axis.expand(y < classes), d, jnp.nan)
+    of_label = jnp.exp(d)
+    log_total = jnp.where(d == 0.0, jnp.log1p(others), jnp.log(others + of_label))
+    uniform = log_total - axis.sum(r.d) / max(classes, 1)
+    loss, uniform, lse = (
+        jnp.where(y < 0, 0.0, axis.squeeze(row)) for row in (log_total - d, uniform, r.m + log_total)
+    )
+    return loss, uniform, lse, label, e, others, of_label

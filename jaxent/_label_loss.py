@@ -1,0 +1,166 @@
+"""The loss of class indices: row by row, or summed with its gradient in one pass.
+
+Of a row, `a * -log p_y + u * mean(-log p) + z * logsumexp ** 2`: the label's own loss, the mean over all classes that
+smoothing mixes in, and the z-loss, with factors that may differ from row to row. Factors that are None are 0. A
+label of -1 is none, and adds nothing.
+"""
+
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.custom_derivatives import SymbolicZero
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Integer
+
+from . import _kernels as kernels
+from ._check import Implementation
+from ._class_axis import ClassAxis
+from ._linear import inner, linear
+from ._softmax import add, probabilities
+
+Row = Float[Array, "..."]
+Label = Integer[Array, "..."]
+
+
+class How(NamedTuple):
+    """What is compiled in."""
+
+    axis: ClassAxis
+    implementation: Implementation | None
+
+
+class Factors(NamedTuple):
+    """Of the three losses of each row."""
+
+    a: Row | None
+    u: Row | None
+    z: Row | None
+
+    def times(self, scale: Row) -> "Factors":
+        """All of them scaled."""
+        return Factors(*(None if x is None else scale * x for x in self))
+
+    def rows(self, like: Label) -> tuple[Row, ...]:
+        """As kernels want them: a number for each row."""
+        dtype = next(x.dtype for x in self if x is not None)
+        return tuple(jnp.broadcast_to(jnp.zeros((), dtype) if x is None else x, like.shape) for x in self)
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(0,))
+def label_losses(how: How, x: Float[Array, "..."], y: Label, factors: Factors) -> Row:
+    """The loss of each row."""
+    return mixed(y, kernels.label_loss(x, y, **how._asdict()), factors)
+
+
+@partial(label_losses.defjvp, symbolic_zeros=True)
+def _label_losses_jvp(how: How, primals: Any, tangents: Any) -> tuple[Row, Row]:
+    (x, y, factors), (x_dot, _, factors_dot) = primals, tangents
+    terms = _along_factors(y, kernels.label_loss(x, y, **how._asdict()), factors_dot)
+    if is_perturbed(x_dot):
+        along = linear(partial(_along, how), partial(_gradient, how, x.dtype), (x, y, *factors.rows(y)), x_dot)
+        terms.append(how.axis.total(along))
+    return label_losses(how, *primals), add(terms)
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(0,))
+def label_total(how: How, x: Float[Array, "..."], y: Label, factors: Factors) -> Float[Array, ""]:
+    """The sum of the losses of all rows."""
+    return jnp.sum(label_losses(how, x, y, factors))
+
+
+@partial(label_total.defjvp, symbolic_zeros=True)
+def _label_total_jvp(how: How, primals: Any, tangents: Any) -> tuple[Array, Array]:
+    (x, y, factors), (x_dot, _, factors_dot) = primals, tangents
+    if not is_perturbed(x_dot) or is_easily_underflown(x.dtype):
+        losses, along = _label_losses_jvp(how, primals, tangents)
+        return jnp.sum(losses), jnp.sum(along)
+    *parts, gradient = label_pass(how, x.dtype, x, y, *factors.rows(y))
+    terms = [jnp.sum(term) for term in _along_factors(y, parts, factors_dot)]
+    return jnp.sum(mixed(y, parts, factors)), add([*terms, how.axis.total(inner(gradient, x_dot))])
+
+
+def is_perturbed(tangent: Any) -> bool:
+    """Whether a rule with symbolic zeros is given a tangent."""
+    return tangent is not None and not isinstance(tangent, SymbolicZero)
+
+
+def is_easily_underflown(dtype: DTypeLike) -> bool:
+    """Whether a gradient that is divided by the number of examples might leave the range of `dtype`.
+
+    It waits for the cotangent then, a loss scale for instance, and both are multiplied in float32.
+    """
+    return bool(jnp.finfo(dtype).tiny > jnp.finfo(jnp.float32).tiny)
+
+
+def mixed(y: Label, parts: Any, factors: Factors) -> Row:
+    """The mixture of the three losses of each row."""
+    loss, uniform, lse = parts
+    a, u, z = factors
+    terms = [] if a is None else [a * loss]
+    if u is not None:
+        terms.append(u * uniform)
+    if z is not None:
+        terms.append(z * lse**2)
+    return jnp.where(y < 0, 0.0, add(terms))
+
+
+def _along_factors(y: Label, parts: Any, factors_dot: Factors) -> list[Row]:
+    moving = Factors(*(t if is_perturbed(t) else None for t in factors_dot))
+    return [mixed(y, parts, moving)] if any(t is not None for t in moving) else []
+
+
+def label_pass(
+    how: How, dtype: DTypeLike, x: Float[Array, "..."], y: Label, *factors: Row
+) -> tuple[Row, Row, Row, Float[Array, "..."]]:
+    """The three losses of each row, and the gradient of their mixture in `dtype`."""
+    return kernels.label_loss_and_gradient(x, y, *factors, dtype=dtype, **how._asdict())
+
+
+def _along(how: How, x: Array, y: Label, a: Row, u: Row, z: Row, t: Array) -> Row:
+    """This device's part of the derivative of the mixture along `t`."""
+    gradient = label_pass(how, a.dtype, x, y, a, u, z)[3]
+    return jnp.sum(gradient * t.astype(a.dtype), how.axis.index)
+
+
+def _gradient(how: How, dtype: DTypeLike, x: Array, y: Label, a: Row, u: Row, z: Row, g: Row) -> Array:
+    """Its transpose."""
+    return label_pass(how, dtype, x, y, g * a, g * u, g * z)[3]
+
+
+@kernels.label_loss.defjvp
+def _label_loss_jvp(primals: Any, tangents: Any, **how: Any) -> tuple[Any, Any]:
+    (x, y), (x_dot, _) = primals, tangents
+    return kernels.label_loss(x, y, **how), _along_rows(How(**how), x, y, x_dot)
+
+
+def _along_rows(how: How, x: Array, y: Label, t: Array) -> tuple[Row, Row, Row]:
+    """The derivatives of the three losses."""
+    axis, dtype, counts = how.axis, kernels.compute_dtype(x.dtype), y >= 0
+    one, zero = jnp.ones(y.shape, dtype), jnp.zeros(y.shape, dtype)
+    of_loss = linear(partial(_along, how), partial(_gradient, how, x.dtype), (x, y, one, zero, zero), t)
+    t = t.astype(dtype)
+    of_lse = axis.sum(kernels.softmax(x, dtype=dtype, **how._asdict()) * t)
+    of_uniform = of_lse - axis.sum(t) / max(axis.size(x), 1)
+    of_uniform, of_lse = (jnp.where(counts, axis.squeeze(row), 0.0) for row in (of_uniform, of_lse))
+    return axis.total(of_loss), of_uniform, of_lse
+
+
+@kernels.label_loss_and_gradient.defjvp
+def _label_pass_jvp(primals: Any, tangents: Any, *, dtype: DTypeLike, **how: Any) -> tuple[Any, Any]:
+    (x, y, a, u, z), (x_dot, _, *factors_dot) = primals, tangents
+    axis, out = how["axis"], label_pass(How(**how), dtype, *primals)
+    one, zero = jnp.ones_like(a), jnp.zeros_like(a)
+    moved, terms = (zero, zero, zero), []
+    for i, factor_dot in enumerate(factors_dot):  # the gradient is linear in the factors
+        if factor_dot is not None:
+            unit = label_pass(How(**how), a.dtype, x, y, *(one if i == j else zero for j in range(3)))[3]
+            terms.append((axis.expand(factor_dot) * unit).astype(dtype))
+    if x_dot is not None:
+        # Labels are constant, smoothed or not, so the gradient moves as softmax does; the z-loss curves it, too.
+        moved = _along_rows(How(**how), x, y, x_dot)
+        p, dp = probabilities(x, x_dot, **how)
+        curved = axis.expand(a + u + 2.0 * z * out[2]) * dp + axis.expand(2.0 * z * moved[2]) * p
+        terms.append(jnp.where(axis.expand(y >= 0), curved, 0.0).astype(dtype))
+    return out, (*moved, add(terms))

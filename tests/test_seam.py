@@ -1,0 +1,95 @@
+"""The seam: who serves a row function where, told by a machine's file that exists for this test alone."""
+
+import types
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from _machine import served_by_a_machine
+from jax import export
+
+import jaxent
+from jaxent import _kernels as kernels
+from jaxent._kernels import xla
+
+X = jnp.asarray(np.random.default_rng(0).normal(size=(8, 5)), jnp.float32)
+LABELS = jnp.arange(8) % 5
+
+
+@pytest.fixture
+def served(monkeypatch):
+    yield from served_by_a_machine(monkeypatch)
+
+
+def test_a_kernel_serves_a_program_of_one_device(served):
+    np.testing.assert_array_equal(
+        jaxent.softmax(X), xla.softmax(X, axis=jaxent._class_axis.ClassAxis(1), dtype=X.dtype)
+    )
+    assert served == [("softmax", (8, 5))]
+    jax.jit(jax.grad(jaxent.cross_entropy))(X, LABELS)
+    assert served[1:] == [("label_loss_and_gradient", (8, 5))]  # and no pass for the loss alone
+
+
+def test_what_it_does_not_take_takes_the_plain_form(served):
+    for f in (partial(jaxent.softmax, axis=0), jaxent.log_softmax, partial(jaxent.softmax, implementation="xla")):
+        assert f(X).shape == X.shape
+    assert not served
+
+
+@pytest.mark.parametrize(
+    ("f", "reason"),
+    [
+        (lambda: jaxent.softmax(X, axis=0, implementation="fake"), "the class axis is not the last"),
+        (lambda: jaxent.log_softmax(X, implementation="fake"), "it has no log_softmax"),
+        (
+            lambda: export.export(jax.jit(partial(jaxent.softmax, implementation="fake")))(X),
+            "the program is exported",
+        ),
+    ],
+)
+def test_asked_for_by_name_it_says_why_it_cannot(served, f, reason):
+    with pytest.raises(ValueError, match=f"implementation='fake' cannot serve.*{reason}"):
+        f()
+
+
+def test_a_name_that_nobody_has():
+    for f in (jaxent.softmax, jaxent.log_softmax):
+        with pytest.raises(ValueError, match=r"implementation must be None or one of 'xla', got 'magic'"):
+            f(X, implementation="magic")
+    with pytest.raises(ValueError, match="implementation"):
+        jaxent.cross_entropy(X, LABELS, implementation="magic")
+    with pytest.raises(ValueError, match="implementation"):
+        jaxent.linear_cross_entropy(X, X.T, LABELS, implementation="magic")
+
+
+def test_export_takes_the_plain_form(served):
+    exported = export.export(jax.jit(jaxent.softmax))(jax.ShapeDtypeStruct(X.shape, X.dtype))
+    np.testing.assert_array_equal(
+        exported.call(X), xla.softmax(X, axis=jaxent._class_axis.ClassAxis(1), dtype=X.dtype)
+    )
+    assert not served
+
+
+def test_batches_of_vmap_become_rows(served):
+    stack = jnp.stack([X, 2 * X, -X])
+    got = jax.vmap(jaxent.softmax, in_axes=1, out_axes=1)(jnp.moveaxis(stack, 0, 1))
+    np.testing.assert_allclose(jnp.moveaxis(got, 1, 0), jax.nn.softmax(stack), rtol=1e-6)
+    assert served == [("softmax", (3, 8, 5))]
+
+
+@pytest.mark.parametrize("name", ["softmax", "log_softmax", "softmax_derivative", "log_softmax_pullback"])
+def test_abstract_evaluation_is_that_of_the_plain_form(name):
+    axis = jaxent._class_axis.ClassAxis(1)
+    arrays = (X,) if name in ("softmax", "log_softmax") else (X, X)
+    plain = partial(getattr(xla, name), axis=axis, dtype=jnp.bfloat16)
+    bound = partial(getattr(kernels, name), axis=axis, dtype=jnp.bfloat16)
+    assert jax.eval_shape(bound, *arrays) == jax.eval_shape(plain, *arrays)
+
+
+def test_every_plain_form_is_a_primitive():
+    """A newcomer sees in one file what a kernel must compute: all of it, and no more."""
+    public = {name for name, f in vars(xla).items() if isinstance(f, types.FunctionType) and not name.startswith("_")}
+    public = {name for name in public if getattr(xla, name).__module__ == xla.__name__}
+    assert public - {"wide"} == {name for name in vars(kernels) if hasattr(getattr(kernels, name), "__wrapped__")}
