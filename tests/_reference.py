@@ -56,10 +56,14 @@ def _torch_loss(loss, scores, labels, axis, ignore_index, options):
 TORCH = {"cross_entropy": torch_cross_entropy, "nll": torch_nll}
 
 
-@partial(jax.jit, static_argnames=("name", "options"))
 def jax_value_and_grads(name, scores, labels, weight, cotangent, options):
     """The loss and its gradients: of the scores, and of the labels where these are probabilities."""
-    loss = partial(getattr(jaxent, name), weight=weight, **dict(options))
+    return _value_and_grads(getattr(jaxent, name), scores, labels, weight, cotangent, options)
+
+
+@partial(jax.jit, static_argnames=("function", "options"))
+def _value_and_grads(function, scores, labels, weight, cotangent, options):
+    loss = partial(function, weight=weight, **dict(options))
     if jnp.issubdtype(labels.dtype, jnp.floating):
         value, pullback = jax.vjp(loss, scores, labels)
     else:
@@ -199,12 +203,15 @@ def torch_linear_cross_entropy(
     return loss
 
 
-@partial(jax.jit, static_argnames=("options",))
-def jax_linear_value_and_grads(hidden, kernel, labels, bias, weight, cotangent, options):
+def jax_linear_value_and_grads(*arrays, options):
     """The loss and its gradients with respect to hidden, kernel and bias."""
+    return _linear_value_and_grads(jaxent.linear_cross_entropy, *arrays, options)
 
+
+@partial(jax.jit, static_argnames=("function", "options"))
+def _linear_value_and_grads(function, hidden, kernel, labels, bias, weight, cotangent, options):
     def loss(hidden, kernel, bias):
-        return jaxent.linear_cross_entropy(hidden, kernel, labels, bias=bias, weight=weight, **dict(options))
+        return function(hidden, kernel, labels, bias=bias, weight=weight, **dict(options))
 
     value, pullback = jax.vjp(loss, hidden, kernel, bias)
     return value, pullback(cotangent.astype(value.dtype))
@@ -217,7 +224,7 @@ def assert_linear_matches_torch(hidden, kernel, labels, *, bias=None, weight=Non
     wide = "float64" if np.float64 in (hidden.dtype, kernel.dtype) else "float32"
     statics = tuple(sorted(options.items()))
     with x64(wide):
-        value, grads = jax_linear_value_and_grads(hidden, kernel, labels, bias, weight, cotangent, statics)
+        value, grads = jax_linear_value_and_grads(hidden, kernel, labels, bias, weight, cotangent, options=statics)
 
     options.pop("chunk_size", None)
     arrays = [x for x in (hidden, kernel, bias) if x is not None]

@@ -467,7 +467,7 @@ def served(monkeypatch):
     ],
 )
 def test_who_gets_a_kernel(served, name, way, layout, rows):
-    """Whoever has whole rows on each device: SIZES' 16 tokens are on two. Others get the plain form, and are right."""
+    """Whoever has whole rows on each device: 16 tokens are on two. Others get the plain form, and are right."""
     _check(name, way, layout)
     names = {"softmax": {"softmax", "softmax_derivative"}, "cross_entropy": {"label_loss_and_gradient", "label_loss"}}
     whole = [shape for _, shape in served if shape == (SIZES["n"], SIZES["c"])]

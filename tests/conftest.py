@@ -1,11 +1,30 @@
-"""Settings of hypothesis: HYPOTHESIS_PROFILE or `pytest --hypothesis-profile` choose the profile."""
+"""Settings of hypothesis (HYPOTHESIS_PROFILE or `pytest --hypothesis-profile` choose one), and implementations."""
 
+import functools
 import os
 
+import pytest
 from hypothesis import HealthCheck, settings
+
+import jaxent
+from jaxent._kernels import implementations
 
 # How many cases a fuzz test draws. The first call of every shape compiles: no deadline.
 _COMMON = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
 settings.register_profile("default", _COMMON, max_examples=50, derandomize=True)  # the same cases on every run
 settings.register_profile("nightly", _COMMON, max_examples=500)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
+
+
+@functools.cache  # one object each, so that what jit has compiled for it is found again
+def _by(name, implementation):
+    return functools.partial(getattr(jaxent, name), implementation=implementation)
+
+
+@pytest.fixture(scope="module", params=implementations())
+def implementation(request):
+    """A module that uses this runs once for each implementation, asked for by name."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("softmax", "log_softmax", "cross_entropy", "linear_cross_entropy"):
+            patch.setattr(jaxent, name, _by(name, request.param))
+        yield request.param

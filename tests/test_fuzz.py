@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
+import pytest
 import torch
 from _reference import DTYPES, assert_close, assert_linear_matches_torch, assert_matches_torch, to_torch, x64
 from hypothesis import assume, given, settings
@@ -16,6 +17,8 @@ from hypothesis import strategies as st
 from torch.nn import functional
 
 import jaxent
+
+pytestmark = pytest.mark.usefixtures("implementation")
 
 SHAPES = ((1,), (4,), (3, 5), (5, 3), (0, 3), (3, 1), (2, 4, 3), (2, 1024))
 WEIGHTS = (0.0, 0.25, 1.0, 2.5)

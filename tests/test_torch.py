@@ -23,6 +23,8 @@ from torch.nn import functional
 
 import jaxent
 
+pytestmark = pytest.mark.usefixtures("implementation")
+
 REDUCTIONS = ("none", "mean", "sum")
 IGNORE = (-100, 1, None)
 HOME = ((2, 4, 3), 1)  # the shape that meets every combination of options

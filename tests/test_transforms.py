@@ -391,7 +391,10 @@ def test_export_of_symbolic_shapes(name, dtype):
     for n, c in ((3, 5), (40, 70), (1, 300)):
         x = jnp.asarray(_RNG.normal(size=(n, c)), dtype)
         y, w = jnp.asarray(np.arange(n) % 5, jnp.int32), jnp.linspace(0.0, 2.0, c, dtype=dtype)
-        _close(*(jax.tree.map(lambda a: np.asarray(a, np.float32), g(x, y, w)) for g in (exported.call, jax.jit(run))), 1e-5)
+        _close(
+            *(jax.tree.map(lambda a: np.asarray(a, np.float32), g(x, y, w)) for g in (exported.call, jax.jit(run))),
+            1e-5,
+        )
 
 
 def test_rank_promotion_may_raise(x):
