@@ -18,7 +18,7 @@ from . import _kernels as kernels
 from ._check import Implementation
 from ._class_axis import ClassAxis
 from ._linear import inner, linear
-from ._softmax import add, probabilities
+from ._softmax import add, probabilities, sum_possible
 
 Row = Float[Array, "..."]
 Label = Integer[Array, "..."]
@@ -141,7 +141,8 @@ def _along_rows(how: How, x: Array, y: Label, t: Array) -> tuple[Row, Row, Row]:
     one, zero = jnp.ones(y.shape, dtype), jnp.zeros(y.shape, dtype)
     of_loss = linear(partial(_along, how), partial(_gradient, how, x.dtype), (x, y, one, zero, zero), t)
     t = t.astype(dtype)
-    of_lse = axis.sum(kernels.softmax(x, dtype=dtype, **how._asdict()) * t)
+    p = kernels.softmax(x, dtype=dtype, **how._asdict())
+    of_lse = sum_possible(p, p * t, axis)
     of_uniform = of_lse - axis.sum(t) / max(axis.size(x), 1)
     of_uniform, of_lse = (jnp.where(counts, axis.squeeze(row), 0.0) for row in (of_uniform, of_lse))
     return axis.total(of_loss), of_uniform, of_lse
@@ -161,6 +162,19 @@ def _label_pass_jvp(primals: Any, tangents: Any, *, dtype: DTypeLike, **how: Any
         # Labels are constant, smoothed or not, so the gradient moves as softmax does; the z-loss curves it, too.
         moved = _along_rows(How(**how), x, y, x_dot)
         p, dp = probabilities(x, x_dot, **how)
-        curved = axis.expand(a + u + 2.0 * z * out[2]) * dp + axis.expand(2.0 * z * moved[2]) * p
+        curved = axis.expand(a + u + 2.0 * z * out[2]) * dp + axis.expand(2.0 * z) * _square(
+            axis, p, x_dot.astype(p.dtype)
+        )
         terms.append(jnp.where(axis.expand(y >= 0), curved, 0.0).astype(dtype))
     return out, (*moved, add(terms))
+
+
+def _square(axis: ClassAxis, p: Array, t: Array) -> Float[Array, "..."]:
+    """`p * sum(p * t)`, its own transpose where the classes are whole."""
+    if axis.names:
+        return _times_mean(axis, p, t)
+    return linear(partial(_times_mean, axis), partial(_times_mean, axis), (p,), t)
+
+
+def _times_mean(axis: ClassAxis, p: Array, t: Array) -> Float[Array, "..."]:
+    return p * sum_possible(p, p * t, axis)

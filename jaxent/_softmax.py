@@ -236,7 +236,7 @@ def _softmax_derivative_jvp(primals: Any, tangents: Any, *, dtype: DTypeLike, **
     if x_dot is not None:
         p, dp = probabilities(x, x_dot, **how)
         u = _relative(p, t.astype(p.dtype), axis)
-        terms.append((dp * (u - axis.sum(p * u)) - p * axis.sum(dp * u)).astype(dtype))
+        terms.append(linear(partial(_curve, axis), partial(_curve_back, axis), (p, u), dp).astype(dtype))
     return kernels.softmax_derivative(x, t, dtype=dtype, **how), add(terms)
 
 
@@ -248,7 +248,7 @@ def _log_softmax_derivative_jvp(primals: Any, tangents: Any, *, dtype: DTypeLike
         terms.append(log_softmax_tangent(x, t_dot, dtype=dtype, **how))
     if x_dot is not None:
         p, dp = probabilities(x, x_dot, **how)
-        of_row = axis.sum(dp * _relative(p, t.astype(p.dtype), axis))
+        of_row = sum_possible(p, dp * _relative(p, t.astype(p.dtype), axis), axis)
         terms.append(jnp.broadcast_to(-of_row, x.shape).astype(dtype))
     return kernels.log_softmax_derivative(x, t, dtype=dtype, **how), add(terms)
 
@@ -271,6 +271,24 @@ def probabilities(x: Array, x_dot: Array, **how: Any) -> tuple[Float[Array, "...
     return kernels.softmax(x, dtype=dtype, **how), softmax_tangent(x, x_dot, dtype=dtype, **how)
 
 
+def sum_possible(p: Float[Array, "..."], terms: Float[Array, "..."], axis: ClassAxis) -> Float[Array, "..."]:
+    """The sum of each row's terms, of which those of a class without probability are 0, whatever they are.
+
+    Without the select, XLA's CPU backend of JAX 0.10 gets `sum(a * b) * c` wrong where `vmap` has a batch of b alone.
+    """
+    return axis.sum(jnp.where(p > 0.0, terms, 0.0))
+
+
+def _curve(axis: ClassAxis, p: Array, u: Array, dp: Array) -> Float[Array, "..."]:
+    """How `p * (u - sum(p * u))` moves with p."""
+    return dp * (u - sum_possible(p, p * u, axis)) - p * sum_possible(p, dp * u, axis)
+
+
+def _curve_back(axis: ClassAxis, p: Array, u: Array, h: Array) -> Float[Array, "..."]:
+    """The transpose."""
+    return h * (u - sum_possible(p, p * u, axis)) - u * sum_possible(p, p * h, axis)
+
+
 def _relative(p: Float[Array, "..."], t: Float[Array, "..."], axis: ClassAxis) -> Float[Array, "..."]:
     """Tangents relative to that of the class with more than half of the probability, whose own is an exact zero.
 
@@ -286,5 +304,5 @@ def _tangent_of_parts(
     """Tangents where the classes are in parts: JAX knows how sums over devices are transposed."""
     p = kernels.softmax(x, axis=axis, dtype=kernels.compute_dtype(x.dtype), **how)
     u = _relative(p, t.astype(p.dtype), axis)
-    u = u - axis.sum(p * u)
+    u = u - sum_possible(p, p * u, axis)
     return (p * u if times_p else u).astype(dtype)

@@ -170,7 +170,7 @@ def _mean(
     of_largest, of_others = axis.sum(jnp.where(r.largest, t, 0.0)), axis.sum(jnp.where(r.largest, 0.0, r.e) * t)
     dominated = total < _DOMINATED
     own = jnp.where(dominated, of_largest, 0.0)
-    mean = (of_others + jnp.where(dominated, -others * of_largest, of_largest)) / total
+    mean = jnp.where(dominated, of_others - others * of_largest, of_others + of_largest) / total
     return r.e > _threshold(total), own, mean
 
 
