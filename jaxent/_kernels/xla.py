@@ -115,16 +115,11 @@ def wide(x: Float[Array, "..."]) -> Float[Array, "..."]:
     """`x` in at least float32, in which all arithmetic is done.
 
     Where the caller's jit makes half-precision numbers, XLA leaves out their rounding for some of the users that
-    convert them back and not for others: what one takes for the maximum, another would not find. Rounding again
-    makes all of them see the same numbers.
+    convert them back and not for others: what one takes for the maximum, another would not find. Behind a barrier all
+    see the same numbers, which costs nothing where they are in memory anyway, as those of a matrix product are.
     """
     dtype = compute_dtype(x.dtype)
-    if x.dtype == dtype:
-        return x
-    if x.dtype not in (jnp.bfloat16, jnp.float16):  # narrower ones do not round as IEEE's formats do
-        return jax.lax.optimization_barrier(x).astype(dtype)
-    info = jnp.finfo(x.dtype)
-    return jax.lax.reduce_precision(x.astype(dtype), info.nexp, info.nmant)
+    return x if x.dtype == dtype else jax.lax.optimization_barrier(x).astype(dtype)
 
 
 class _Exponentials(NamedTuple):
