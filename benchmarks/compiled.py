@@ -6,9 +6,9 @@ Every job is compiled as jaxent has it and as one would write it with jax.nn or 
 chip. For TPUs bytes and temporaries are the compiler's own figures; for a GPU bytes are the operands and results of
 all kernels, where a second read that hits the cache counts too. They are the same on every run.
 
-`--check` fails where a figure is beyond its bound (`bound` below; for temporaries on TPUs the peer's and 1 % of the logits)
-and compiled.json does not have it so, or where it is a hundredth above the one in compiled.json. `--write` stores
-figures there. They belong to versions: .ci/compiled installs those that compiled.json names.
+`--check` fails where a figure is beyond its bound (`bound` below; for temporaries on TPUs the peer's and 1 % of the
+logits) and compiled.json does not have it so, or where it is a hundredth above the one in compiled.json. `--write`
+stores figures there. They belong to versions: .ci/compiled installs those that compiled.json names.
 
 TPUs need `pip install "jax[tpu]"`, a GPU `pip install --no-deps jax-cuda12-plugin jax-cuda12-pjrt
 nvidia-cuda-nvcc-cu12` in jax's version, best in an environment of its own: `.ci/compiled` makes one.
