@@ -39,9 +39,10 @@ def _linear_in_q(how: How, summed: bool, x: Logits, q: Logits, s: Row) -> Array:
 
 
 def _surprises(how: How, dtype: DTypeLike, x: Logits, s: Row, g: Array) -> Logits:
-    """The transpose: `-g * s * log p`, and 0 where a class cannot be."""
+    """The transpose: `-g * s * log p`, and 0 where a class cannot be or a row has no factor."""
     log_p = kernels.log_softmax(x, dtype=s.dtype, **how._asdict())
-    return (how.axis.expand(-g * s) * jnp.where(log_p == -jnp.inf, 0.0, log_p)).astype(dtype)
+    nothing = (how.axis.expand(s) == 0.0) | (log_p == -jnp.inf)
+    return (how.axis.expand(-g * s) * jnp.where(nothing, 0.0, log_p)).astype(dtype)
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0, 1))
@@ -66,7 +67,7 @@ def _losses_jvp(how: How, summed: bool, primals: Any, tangents: Any) -> tuple[Ar
         along = linear(partial(_along, how), partial(_gradient, how, x.dtype), (x, q, s), x_dot)
         terms.append(jnp.sum(along) if summed else along)
     if is_perturbed(s_dot):
-        losses = s_dot * expected_pass(how, x.dtype, x, q, s)[0]
+        losses = jnp.where(s == 0.0, 0.0, s_dot * kernels.expected_loss(x, q, **how._asdict()))
         terms.append(jnp.sum(losses) if summed else losses)
     if is_perturbed(q_dot):
         terms.append(_linear_in_q(how, summed, x, q_dot, s))
@@ -98,7 +99,8 @@ def _along_both(how: How, x: Logits, q: Logits, x_dot: Logits | None, q_dot: Log
     one = jnp.ones(x.shape[: how.axis.index] + x.shape[how.axis.index + 1 :], dtype)
     terms = []
     if x_dot is not None:
-        terms.append(linear(partial(_along, how), partial(_gradient, how, x.dtype), (x, q, one), x_dot))
+        along = linear(partial(_along, how), partial(_gradient, how, x.dtype), (x, q, one), x_dot)
+        terms.append(how.axis.total(along))
     if q_dot is not None:
         terms.append(expected_losses(how, x, q_dot, one))
     return add(terms)
@@ -108,13 +110,16 @@ def _along_both(how: How, x: Logits, q: Logits, x_dot: Logits | None, q_dot: Log
 def _expected_pass_jvp(primals: Any, tangents: Any, *, dtype: DTypeLike, **how: Any) -> tuple[Any, Any]:
     (x, q, s), (x_dot, q_dot, s_dot) = primals, tangents
     axis, along, terms = how["axis"], jnp.zeros_like(s), []
+    counts = axis.expand(s != 0.0)
+    shown = jnp.where(counts, x, jnp.zeros((), x.dtype))  # of a row without a factor, NaN must not come back
     if x_dot is not None or q_dot is not None:
         along = _along_both(How(**how), x, q, x_dot, q_dot)
     if x_dot is not None:
         mass = axis.sum(q.astype(s.dtype))
-        terms.append(axis.expand(s) * mass * softmax_tangent(x, x_dot, dtype=s.dtype, **how))
+        terms.append(axis.expand(s) * mass * softmax_tangent(shown, x_dot, dtype=s.dtype, **how))
     if q_dot is not None:  # the gradient is linear in q, and in s
-        terms.append(-axis.expand(s) * log_softmax_cotangent(x, q_dot, dtype=s.dtype, **how))
+        terms.append(-axis.expand(s) * log_softmax_cotangent(shown, q_dot, dtype=s.dtype, **how))
     if s_dot is not None:
-        terms.append(axis.expand(s_dot) * expected_pass(How(**how), s.dtype, x, q, jnp.ones_like(s))[1])
+        unit = expected_pass(How(**how), s.dtype, x, q, jnp.ones_like(s))[1]
+        terms.append(jnp.where(counts, axis.expand(s_dot) * unit, 0.0))
     return expected_pass(How(**how), dtype, *primals), (along, add(terms).astype(dtype))

@@ -141,7 +141,7 @@ def _along_rows(how: How, x: Array, y: Label, t: Array) -> tuple[Row, Row, Row]:
     one, zero = jnp.ones(y.shape, dtype), jnp.zeros(y.shape, dtype)
     of_loss = linear(partial(_along, how), partial(_gradient, how, x.dtype), (x, y, one, zero, zero), t)
     t = t.astype(dtype)
-    p = kernels.softmax(x, dtype=dtype, **how._asdict())
+    p = kernels.softmax(_shown(x, y, axis), dtype=dtype, **how._asdict())
     of_lse = sum_possible(p, p * t, axis)
     of_uniform = of_lse - axis.sum(t) / max(axis.size(x), 1)
     of_uniform, of_lse = (jnp.where(counts, axis.squeeze(row), 0.0) for row in (of_uniform, of_lse))
@@ -161,12 +161,17 @@ def _label_pass_jvp(primals: Any, tangents: Any, *, dtype: DTypeLike, **how: Any
     if x_dot is not None:
         # Labels are constant, smoothed or not, so the gradient moves as softmax does; the z-loss curves it, too.
         moved = _along_rows(How(**how), x, y, x_dot)
-        p, dp = probabilities(x, x_dot, **how)
+        p, dp = probabilities(_shown(x, y, axis), x_dot, **how)
         curved = axis.expand(a + u + 2.0 * z * out[2]) * dp + axis.expand(2.0 * z) * _square(
             axis, p, x_dot.astype(p.dtype)
         )
         terms.append(jnp.where(axis.expand(y >= 0), curved, 0.0).astype(dtype))
     return out, (*moved, add(terms))
+
+
+def _shown(x: Array, y: Label, axis: ClassAxis) -> Float[Array, "..."]:
+    """Logits of which those of an ignored row are 0: NaN there must not come back from a transpose."""
+    return jnp.where(axis.expand(y >= 0), x, jnp.zeros((), x.dtype))
 
 
 def _square(axis: ClassAxis, p: Array, t: Array) -> Float[Array, "..."]:

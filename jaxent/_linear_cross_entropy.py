@@ -337,15 +337,16 @@ def _directional(
     AD would transpose the loop of `J v` to one that makes a new array of the kernel's size in every step.
     """
     leaves, structure = jax.tree.flatten(arrays)
+    dtypes, count = [v.dtype for v in direction], len(leaves)  # not the tracers themselves, which would leak
 
     def along(*values: Array) -> Array:
-        known, v = values[: len(leaves)], values[len(leaves) :]
+        known, v = values[:count], values[count:]
         return _sweep_directional(options, wanted, jax.tree.unflatten(structure, known), v)
 
     def transposed(*values: Array) -> tuple[Array, ...]:
-        known, c = values[: len(leaves)], values[-1]
+        known, c = values[:count], values[-1]
         gradients = _losses_and_gradients(options, wanted, jax.tree.unflatten(structure, known), c)[1]
-        return tuple(g.astype(v.dtype) for g, v in zip(jax.tree.leaves(gradients), direction, strict=True))
+        return tuple(g.astype(dtype) for g, dtype in zip(jax.tree.leaves(gradients), dtypes, strict=True))
 
     return linear(along, transposed, tuple(leaves), *direction)
 

@@ -174,7 +174,8 @@ def _weight_of(
         row = weight.reshape((1,) * label.ndim + weight.shape)
         found = axis.squeeze(axis.sum(jnp.where(mask, row, 0.0)))
         return jnp.where(label < weight.size * axis.parts(), found, jnp.nan)
-    return jnp.where(label < 0, 0.0, weight.at[label].get(mode="fill"))
+    found = weight.at[label].get(mode="fill") if weight.size else jnp.nan
+    return jnp.where(label < 0, jnp.zeros((), weight.dtype), found)
 
 
 def counting(labels: LabelArray, ignore_index: int | None) -> Bool[Array, "..."] | None:

@@ -164,6 +164,8 @@ def hide_classes(
     """
     if where is None:
         return x, None
+    if jnp.finfo(x.dtype).bits < 16:  # not all of these know infinity
+        x = x.astype(jnp.float32)
     empty = ~jax.lax.stop_gradient(axis.sum(jnp.broadcast_to(where, x.shape)) > 0)
     return keep_where(where, x) + _impossible(where | empty, x.dtype), axis.squeeze(empty)
 
@@ -208,7 +210,7 @@ def softmax_tangent(x: Array, t: Array, *, axis: ClassAxis, dtype: DTypeLike, **
     if axis.names:
         return jax.checkpoint(partial(_tangent_of_parts, times_p=True, axis=axis, dtype=dtype, **how))(x, t)
     derivative = partial(kernels.softmax_derivative, axis=axis, **how)
-    return linear(partial(derivative, dtype=dtype), partial(derivative, dtype=x.dtype), (x,), t)
+    return linear(partial(derivative, dtype=dtype), partial(derivative, dtype=t.dtype), (x,), t)
 
 
 def log_softmax_tangent(x: Array, t: Array, *, axis: ClassAxis, dtype: DTypeLike, **how: Any) -> Float[Array, "..."]:
@@ -216,7 +218,7 @@ def log_softmax_tangent(x: Array, t: Array, *, axis: ClassAxis, dtype: DTypeLike
     if axis.names:
         return jax.checkpoint(partial(_tangent_of_parts, times_p=False, axis=axis, dtype=dtype, **how))(x, t)
     forward = partial(kernels.log_softmax_derivative, axis=axis, dtype=dtype, **how)
-    return linear(forward, partial(kernels.log_softmax_pullback, axis=axis, dtype=x.dtype, **how), (x,), t)
+    return linear(forward, partial(kernels.log_softmax_pullback, axis=axis, dtype=t.dtype, **how), (x,), t)
 
 
 def log_softmax_cotangent(

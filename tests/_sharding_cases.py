@@ -450,6 +450,19 @@ def test_other_communication_is_found(function):
     assert any(operation != "all-reduce" or size > 2 for operation, size in found), found
 
 
+@pytest.mark.parametrize("way", ["explicit", "shard_map"])
+@pytest.mark.parametrize("name", ["linear_cross_entropy mean", "linear_cross_entropy probabilities"])
+def test_the_tangent_of_the_value_beside_gradients(name, way):
+    """Both of one jvp: a device's own classes are part of it, and all of it is wanted."""
+
+    def work(function, wrt, arguments, cotangent):
+        x = {name: arguments[name] for name in wrt}
+        both = jax.value_and_grad(lambda x: jnp.vdot(cotangent, function(arguments | x)))
+        return jax.jvp(both, (x,), (jax.tree.map(lambda x: jnp.sin(5 * x), x),))
+
+    _check(name, way, layout="classes", work=work)
+
+
 @pytest.fixture
 def served(monkeypatch):
     yield from served_by_a_machine(monkeypatch)

@@ -458,3 +458,55 @@ def test_z_loss_of_logits_made_as_a_product(scale, axis):
     own = np.float64(np.asarray(x) * factor).take(0, axis)
     np.testing.assert_allclose(value, np.sum(1e-4 * largest**2 + largest - own), rtol=1e-5)
     assert np.isfinite(gradient).all()
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"z_loss": 0.1}, {"label_smoothing": 0.1}, {"label_smoothing": 0.1, "weighted": True, "z_loss": 0.1}],
+    ids=str,
+)
+def test_an_ignored_row_adds_nothing_to_any_derivative(options, bad):
+    """Whatever its logits are: derivatives are those of the other rows alone, and 0 of its own."""
+    options = dict(options)
+    w = jnp.asarray(WEIGHT, jnp.float32) if options.pop("weighted", False) else jnp.ones(C)
+    x = jnp.concatenate([jnp.asarray(LOGITS, jnp.float32), jnp.full((1, C), bad)])
+    labels = jnp.append(jnp.asarray(LABELS), -100)
+    direction = jnp.ones_like(x) * jnp.arange(C)
+
+    def derivatives(x, labels, direction):
+        def loss(x, w):
+            return jaxent.cross_entropy(x, labels, weight=w if options else None, **options)
+
+        gradients = jax.grad(loss, (0, 1))
+        forward = jax.jvp(lambda x: gradients(x, w), (x,), (direction,))
+        _, pullback = jax.vjp(lambda x: jax.grad(loss)(x, w), x)
+        return loss(x, w), forward, pullback(direction)
+
+    got = jax.jit(derivatives)(x, labels, direction)
+    want = derivatives(x[:-1], labels[:-1], direction[:-1])
+    _close(jax.tree.map(lambda a: a[:N] if a.ndim == 2 else a, got), want, 1e-5)
+    assert all(jnp.all(a[N] == 0) for a in jax.tree.leaves(got) if a.ndim == 2)
+
+
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+def test_no_tracers_leak(reduction):
+    with jax.checking_leaks():
+        labels = jnp.array([0, 1, 2, 0])
+        f = lambda h: jaxent.linear_cross_entropy(h, jnp.eye(3), labels, reduction=reduction).sum()  # noqa: E731
+        jax.block_until_ready(jax.grad(f)(jnp.ones((4, 3))))
+        jax.block_until_ready(jax.hessian(partial(jaxent.cross_entropy, labels=labels))(jnp.ones((4, 3))))
+
+
+@pytest.mark.parametrize("dtype", ["float8_e4m3fn", "float8_e5m2"])
+def test_masked_logits_of_a_dtype_without_infinity(dtype):
+    x, where = jnp.array([1.0, 2.0, 3.0], dtype), jnp.array([True, True, False])
+    want = jax.nn.softmax(jnp.array([1.0, 2.0]))
+    _close(jaxent.softmax(x, where=where, dtype=jnp.float32)[:2], want)
+    _close(jaxent.cross_entropy(x, jnp.array(0), where=where), -jnp.log(want[0]))
+
+
+def test_no_classes_but_weights():
+    x, labels, w = jnp.zeros((2, 0)), jnp.full(2, -100), jnp.zeros(0)
+    for loss in (jaxent.cross_entropy, jaxent.nll):
+        np.testing.assert_array_equal(loss(x, labels, weight=w, reduction="none"), [0.0, 0.0])
