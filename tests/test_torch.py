@@ -419,11 +419,12 @@ def test_float16_logits_that_overflow_on_the_way():
 
 
 @pytest.mark.parametrize("labels", [np.full(2, -100, np.int32), np.zeros(0, np.int32), np.zeros((0, 3), np.float32)])
-@pytest.mark.parametrize("loss", [jaxent.cross_entropy, jaxent.nll, jaxent.linear_cross_entropy])
-def test_derivatives_of_a_mean_over_nothing(loss, labels):
+@pytest.mark.parametrize("name", ["cross_entropy", "nll", "linear_cross_entropy"])
+def test_derivatives_of_a_mean_over_nothing(name, labels):
     """The mean is NaN and its derivatives are 0, in both modes, as PyTorch's gradient is."""
     x = jnp.ones((len(labels), 3))
-    arguments = (x, jnp.eye(3), labels) if loss is jaxent.linear_cross_entropy else (x, labels)
+    arguments = (x, jnp.eye(3), labels) if name == "linear_cross_entropy" else (x, labels)
+    loss = getattr(jaxent, name)
 
     def f(x):
         return loss(x, *arguments[1:])
@@ -433,9 +434,9 @@ def test_derivatives_of_a_mean_over_nothing(loss, labels):
     assert pushed == 0
     np.testing.assert_array_equal(jax.grad(f)(x), jnp.zeros_like(x))
     np.testing.assert_array_equal(jax.jacfwd(f)(x), jnp.zeros_like(x))
-    if loss is not jaxent.linear_cross_entropy and labels.dtype == np.int32:
+    if name in TORCH and labels.dtype == np.int32:
         z = torch.ones((len(labels), 3), requires_grad=True)
-        TORCH["cross_entropy" if loss is jaxent.cross_entropy else "nll"](z, to_torch(labels)).backward()
+        TORCH[name](z, to_torch(labels)).backward()
         np.testing.assert_array_equal(z.grad, np.zeros_like(z.grad))
 
 
