@@ -7,7 +7,7 @@ derivatives, of what labels mean, of weights or of reductions.
 
 import importlib
 from collections.abc import Callable
-from functools import partial, wraps
+from functools import cache, partial, wraps
 from typing import Any, NamedTuple
 
 import jax
@@ -47,6 +47,7 @@ def _row_function(plain: Callable[..., Any]) -> Any:
         del implementation
         return as_tuple(plain(*arrays, **options))
 
+    @cache  # a rule traces the same function several times
     def abstract(*avals: Any, **options: Any) -> Any:
         return jax.make_jaxpr(partial(form, **options))(*avals).out_avals
 
