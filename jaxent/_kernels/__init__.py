@@ -30,7 +30,7 @@ class Machine(NamedTuple):
     implementation: str
 
 
-MACHINES: dict[str, Machine] = {}  # by platform, as JAX calls it when it lowers
+MACHINES = {"cpu": Machine("jaxent._kernels.native", "native")}  # by platform, as JAX calls it when it lowers
 
 
 def implementations() -> tuple[str, ...]:
