@@ -7,6 +7,7 @@
 #include "rows.h"
 
 #include <algorithm>
+#include <array>
 #include <memory>
 
 #include "vector.h"
@@ -60,8 +61,9 @@ inline void raise(State& s, V m) {
   s.m = m;
 }
 
+// Returns exp(x - m).
 template <Function f, bool excluding = false>
-inline void add(State& s, V x, V t, I excluded) {
+inline V add(State& s, V x, V t, I excluded) {
   const V d = x - s.m, e = exp(d);
   const I largest = x == s.m;
   s.total += excluding && is_label(f) ? (excluded ? V{} : e) : e;
@@ -75,26 +77,43 @@ inline void add(State& s, V x, V t, I excluded) {
   }
   if constexpr (is_label(f)) s.at_others += t;
   if constexpr (is_label(f) || is_expected(f)) s.gaps -= t == 0.0f ? V{} : t * d;
+  return e;
 }
 
-// Sums of each of W rows, a lane for each, from lanes that belong to one row.
+// What `finish` wants to know.
 template <Function f>
-inline State join(State (&rows)[W], int n) {
-  V lanes[W];
-  const auto gather = [&](V State::*sum) {
-    for (int k = 0; k < W; k++) lanes[k] = rows[k].*sum;
-    return reduce_each(lanes, [](V a, V b) { return a + b; });
-  };
-  for (int k = 0; k < W; k++) lanes[k] = rows[k].m;
-  State s;
-  s.m = reduce_each(lanes, [](V a, V b) { return larger(a, b); });
-  for (int k = 0; k < n; k++) raise<f>(rows[k], all(s.m[k]));
-  s.total = gather(&State::total);
-  if constexpr (!is_label(f) && f != Function::softmax) s.others = gather(&State::others);
-  if constexpr (has_tangents(f)) s.at_largest = gather(&State::at_largest);
-  if constexpr (has_tangents(f) || is_label(f)) s.at_others = gather(&State::at_others);
-  if constexpr (is_label(f) || is_expected(f)) s.gaps = gather(&State::gaps);
-  return s;
+constexpr auto sums() {
+  using Sum = V State::*;
+  if constexpr (f == Function::softmax) return std::array<Sum, 1>{&State::total};
+  else if constexpr (is_label(f)) return std::array<Sum, 2>{&State::total, &State::gaps};
+  else if constexpr (f == Function::log_softmax) return std::array<Sum, 2>{&State::total, &State::others};
+  else if constexpr (!is_expected(f))
+    return std::array<Sum, 4>{&State::total, &State::others, &State::at_largest, &State::at_others};
+  else
+    return std::array<Sum, 5>{&State::total, &State::others, &State::at_largest, &State::at_others, &State::gaps};
+}
+
+// A lane for each of W rows, from what the lanes of each row have added up relative to the same logit.
+template <Function f>
+class Joined {
+ public:
+  void put(int k, const State& s) {
+    for (size_t i = 0; i < kSums.size(); i++) lanes_[i][k] = s.*kSums[i];
+  }
+  State join(V m) {
+    State s;
+    s.m = m;
+    for (size_t i = 0; i < kSums.size(); i++) s.*kSums[i] = reduce_each(lanes_[i], [](V a, V b) { return a + b; });
+    return s;
+  }
+
+ private:
+  static constexpr auto kSums = sums<f>();
+  V lanes_[kSums.size()][W];
+};
+
+inline V largest_of_each(V (&lanes)[W]) {
+  return reduce_each(lanes, [](V a, V b) { return larger(a, b); });
 }
 
 // What an entry of the result is made of, beside its logit and t.
@@ -111,26 +130,28 @@ inline Coefficients row(const Coefficients& rows, int k) {
 
 // What is known of up to W rows beside their logits.
 struct Row {
-  I label = {};
-  V of_label = {};  // its logit; NaN if there is no such class
-  V factors[3] = {};
-  V results[3] = {};
+  I label;
+  V of_label;  // its logit; NaN if there is no such class
+  V factors[3];
+  V results[3];
 };
 
 template <Function f>
-inline Coefficients finish(State s, Row& rows, float classes) {
+inline Coefficients finish(const State& s, Row& rows, float classes) {
   const V nan = all(__builtin_nanf(""));
-  Coefficients c = {};
+  Coefficients c;
   c.m = s.m;
+  c.none = I{};
   if constexpr (is_label(f)) {
     const V gap = rows.of_label - s.m, of_label = exp(gap), others = s.total;
     const V total = others + of_label == 0.0f ? nan : others + of_label;  // 0: every logit is -inf
-    const V log_total = gap == 0.0f ? log1p(others) : log(total);
+    const V log_total = log(total, gap == 0.0f ? others - (total - 1.0f) : V{});
     const V loss = log_total - gap, uniform = log_total + s.gaps / classes, lse = s.m + log_total;
     c.none = rows.label < 0;
     rows.results[0] = c.none ? V{} : total == total ? loss : nan;
     rows.results[1] = c.none ? V{} : total == total ? uniform : nan;
     rows.results[2] = c.none ? V{} : total == total ? lse : nan;
+    if constexpr (!writes(f)) return c;
     const V a = rows.factors[0], u = rows.factors[1], shared = u + 2.0f * rows.factors[2] * lse;
     c.a = (a + shared) / total;
     c.b = u / classes;
@@ -139,9 +160,13 @@ inline Coefficients finish(State s, Row& rows, float classes) {
   }
   const V total = s.total == 0.0f ? nan : s.total, mass = s.at_largest + s.at_others;
   const I dominated = total < 1.5f;  // one class has two thirds of the probability
+  const auto log_total = [&] {
+    const V one_more = 1.0f + s.others;
+    return log(dominated ? one_more : total, dominated ? s.others - (one_more - 1.0f) : V{});
+  };
   c.threshold = dominated ? all(0.75f) : all(2.0f);
   c.a = 1.0f / total;
-  if constexpr (f == Function::log_softmax) c.a = dominated ? log1p(s.others) : log(total);
+  if constexpr (f == Function::log_softmax) c.a = log_total();
   if constexpr (is_derivative(f)) {
     c.b = dominated ? s.at_largest : V{};
     c.c = (dominated ? s.at_others - s.others * s.at_largest : mass) / total;
@@ -151,8 +176,8 @@ inline Coefficients finish(State s, Row& rows, float classes) {
     c.b = (s.at_largest * s.others - s.at_others) / total;
   }
   if constexpr (is_expected(f)) {
-    const V log_total = dominated ? log1p(s.others) : log(total);
-    rows.results[0] = s.gaps + mass * log_total;
+    rows.results[0] = s.gaps + mass * log_total();
+    if constexpr (!writes(f)) return c;
     c.c = rows.factors[0];
     c.a = c.c * (mass / total);
     c.b = c.c * (s.at_others - mass * s.others / total);
@@ -161,11 +186,10 @@ inline Coefficients finish(State s, Row& rows, float classes) {
   return c;
 }
 
+// From exp(x - m), but for log_softmax from x.
 template <Function f>
-inline V entry(V x, V t, const Coefficients& c) {
-  const V d = x - c.m;
-  if constexpr (f == Function::log_softmax) return d - c.a;
-  const V e = exp(d);
+inline V entry(V e, V t, const Coefficients& c) {
+  if constexpr (f == Function::log_softmax) return e - c.m - c.a;
   if constexpr (f == Function::softmax) return e * c.a;
   if constexpr (f == Function::softmax_derivative) return e * c.a * ((e > c.threshold ? V{} : t - c.b) - c.c);
   if constexpr (f == Function::log_softmax_derivative) return (e > c.threshold ? V{} : t - c.b) - c.c;
@@ -177,7 +201,6 @@ inline V entry(V x, V t, const Coefficients& c) {
 // Classes along the lanes. They lie side by side and are at least W.
 
 constexpr int64_t kBlock = 1024;       // floats in a first-level cache, beside two more such arrays
-constexpr int64_t kGroup = 256 << 10;  // bytes of rows in a second-level cache
 
 // The next block of a row that ends at `end`: none is shorter than a vector.
 inline int64_t block(int64_t start, int64_t end) { return end - start <= 2 * kBlock ? end - start : kBlock; }
@@ -232,7 +255,10 @@ State accumulate(const Call& call, int64_t row, int64_t begin, int64_t end) {
 
 template <Function f>
 void write_block(const float* x, const float* t, float* out, int64_t n, const Coefficients& c) {
-  const auto at = [&](int64_t i) { return entry<f>(load(x + i), has_tangents(f) ? load(t + i) : V{}, c); };
+  const auto at = [&](int64_t i) {
+    const V e = f == Function::log_softmax ? load(x + i) : exp(load(x + i) - c.m);
+    return entry<f>(e, has_tangents(f) ? load(t + i) : V{}, c);
+  };
   const int64_t whole = n - n % W;
   const V last = whole < n ? at(n - W) : V{};  // before its first entries may be overwritten
   for (int64_t i = 0; i < whole; i += W) store(out + i, at(i));
@@ -261,54 +287,153 @@ void write(const Call& call, int64_t row, int64_t begin, int64_t end, const Coef
 
 inline float number(const char* p, Type type, int64_t offset) {
   float x;
-  widen(type, p + offset * size_of(type), &x, 1);
-  return x;
+  p += offset * size_of(type);
+  if (type == Type::f32) {
+    std::memcpy(&x, p, sizeof x);
+    return x;
+  }
+  uint16_t h;
+  std::memcpy(&h, p, sizeof h);
+  return type == Type::bf16 ? widen_bf16(H{} + h)[0] : widen_f16(H{} + h)[0];
 }
 
-// Of rows `first` and the n - 1 that follow, whose entries lie `inner` apart.
+// Where class `start` of row `first` is.
+inline int64_t offset_of(const Call& call, int64_t first, int64_t start) {
+  return (first / call.inner * call.classes + start) * call.inner + first % call.inner;
+}
+
+template <class Vector, class T>
+inline Vector load_some(const T* p, int64_t n) {
+  Vector v = {};
+  if (n == W)
+    std::memcpy(&v, p, sizeof v);
+  else
+    std::memcpy(&v, p, n * sizeof(T));
+  return v;
+}
+
+// Of rows `first` and the n - 1 that follow, but for the logits of their labels.
 template <Function f>
-Row read_rows(const Call& call, int64_t first, int64_t n) {
+inline Row read_rows(const Call& call, int64_t first, int64_t n) {
   Row rows;
-  for (int64_t k = 0; k < n; k++) {
-    const int64_t r = first + k, start = r / call.inner * call.classes * call.inner + r % call.inner;
-    if constexpr (is_label(f)) {
-      const int32_t y = call.label[r];
-      rows.label[k] = y;
-      rows.of_label[k] =
-          0 <= y && y < call.classes ? number(call.x, call.x_type, start + y * call.inner) : __builtin_nanf("");
-    }
-    for (int j = 0; j < 3; j++)
-      if (call.factors[j]) rows.factors[j][k] = call.factors[j][r];
-  }
+  if constexpr (is_label(f)) rows.label = load_some<I>(call.label + first, n), rows.of_label = all(__builtin_nanf(""));
+  for (int j = 0; j < 3; j++)
+    if (call.factors[j]) rows.factors[j] = load_some<V>(call.factors[j] + first, n);
   return rows;
 }
 
 inline void write_rows(const Call& call, int64_t first, int64_t n, const Row& rows) {
   for (int j = 0; j < 3; j++)
-    if (call.rows[j])
-      for (int64_t k = 0; k < n; k++) call.rows[j][first + k] = rows.results[j][k];
+    if (call.rows[j] && n == W)
+      store(call.rows[j] + first, rows.results[j]);
+    else if (call.rows[j])
+      std::memcpy(call.rows[j] + first, &rows.results[j], n * sizeof(float));
 }
 
-// Rows `first` and the n - 1 that follow, at most W, whose sums are in `states`.
+// Rows `first` and the n - 1 that follow, at most W, whose sums are in the lanes of `s`.
 template <Function f>
-Coefficients finish_rows(const Call& call, State (&states)[W], int64_t first, int64_t n) {
+Coefficients finish_rows(const Call& call, const State& s, int64_t first, int64_t n) {
   Row rows = read_rows<f>(call, first, n);
-  const Coefficients c = finish<f>(join<f>(states, (int)n), rows, (float)call.classes);
+  if constexpr (is_label(f)) {
+    float of_label[W] = {};
+    for (int64_t k = 0; k < n; k++) {
+      const int32_t y = call.label[first + k];
+      const bool known = 0 <= y && y < call.classes;
+      of_label[k] = known ? number(call.x, call.x_type, (first + k) * call.classes + y) : __builtin_nanf("");
+    }
+    rows.of_label = load(of_label);
+  }
+  const Coefficients c = finish<f>(s, rows, (float)call.classes);
   write_rows(call, first, n, rows);
   return c;
 }
 
 template <Function f>
+Coefficients finish_long(const Call& call, State s, int64_t r) {
+  V lanes[W];
+  std::fill(lanes, lanes + W, s.m);
+  raise<f>(s, all(largest_of_each(lanes)[0]));
+  Joined<f> rows;
+  for (int k = 0; k < W; k++) rows.put(k, s);
+  return row(finish_rows<f>(call, rows.join(s.m), r, 1), 0);
+}
+
+template <Function f>
 void along(const Call& call, int64_t begin, int64_t end) {
-  const int64_t bytes = call.classes * (size_of(call.x_type) + (has_tangents(f) ? size_of(call.t_type) : 0));
-  const int64_t group = std::clamp<int64_t>(kGroup / bytes, 1, W);
+  for (int64_t r = begin; r < end; r++) {
+    const Coefficients c = finish_long<f>(call, accumulate<f>(call, r, 0, call.classes), r);
+    if constexpr (writes(f)) write<f>(call, r, 0, call.classes, c);
+  }
+}
+
+// Rows of which several fit the first-level cache: up to W of them are joined at the cost of two, and exponentials
+// are kept until they are written.
+constexpr int64_t kShort = 2 * kBlock;
+constexpr int64_t kTogether = 8 * kBlock;
+
+template <Function f>
+void along_short(const Call& call, int64_t begin, int64_t end) {
+  alignas(64) float x_scratch[kTogether], t_scratch[kTogether], e[kTogether];
+  const int64_t classes = call.classes, whole = classes - classes % W, group = std::min<int64_t>(kTogether / classes, W);
+  const I rest = iota() >= (int)(W - classes % W);  // of the last vector, which overlaps the one before
   for (int64_t first = begin; first < end; first += group) {
     const int64_t n = std::min(group, end - first);
-    State states[W];
-    for (int64_t k = 0; k < n; k++) states[k] = accumulate<f>(call, first + k, 0, call.classes);
-    const Coefficients c = finish_rows<f>(call, states, first, n);
-    if constexpr (writes(f))
-      for (int64_t k = 0; k < n; k++) write<f>(call, first + k, 0, call.classes, row(c, (int)k));
+    const float* xs = floats(call.x, call.x_type, first * classes, n * classes, x_scratch);
+    const float* ts = has_tangents(f) ? floats(call.t, call.t_type, first * classes, n * classes, t_scratch) : xs;
+    V lanes[W] = {};
+    for (int64_t k = 0; k < n; k++) {
+      const float* x = xs + k * classes;
+      V m = larger(load(x + classes - W), all(kLowest));
+      for (int64_t i = 0; i < whole; i += W) m = larger(load(x + i), m);
+      lanes[k] = m;
+    }
+    const V m = largest_of_each(lanes);
+    Joined<f> rows;
+    for (int64_t k = 0; k < n; k++) {
+      const float *x = xs + k * classes, *t = ts + k * classes;
+      const auto tangent = [&](int64_t i) { return is_label(f) ? all(1.0f) : has_tangents(f) ? load(t + i) : V{}; };
+      I from_label = iota() - (is_label(f) ? call.label[first + k] : -1);
+      State s;
+      s.m = all(m[k]);
+      for (int64_t i = 0; i < whole; i += W, from_label += W) {
+        const V ex = add<f, true>(s, load(x + i), tangent(i), from_label == 0);
+        if (writes(f) && f != Function::log_softmax) store(e + k * classes + i, ex);
+      }
+      if (whole < classes) {
+        const int64_t i = classes - W;
+        const V last = load(x + i);
+        const V ex = add<f, true>(s, rest ? last : all(-__builtin_inff()), rest ? tangent(i) : V{},
+                                  from_label == (int)(whole - i));
+        if (writes(f) && f != Function::log_softmax) {
+          float* to = e + k * classes + i;
+          store(to, rest ? ex : load(to));
+        }
+      }
+      rows.put((int)k, s);
+    }
+    for (int64_t k = n; k < W; k++) rows.put((int)k, State{});
+    const Coefficients c = finish_rows<f>(call, rows.join(m), first, n);
+    if constexpr (!writes(f)) continue;
+    char* to = call.out + first * classes * size_of(call.out_type);
+    float* outs = call.out_type == Type::f32 ? (float*)to : x_scratch;
+    for (int64_t k = 0; k < n; k++) {
+      const Coefficients one = row(c, (int)k);
+      const float *from = (f == Function::log_softmax ? xs : e) + k * classes, *t = ts + k * classes;
+      float* out = outs + k * classes;
+      if (c.none[k]) {
+        std::fill(out, out + classes, 0.0f);
+        continue;
+      }
+      const auto at = [&](int64_t i) { return entry<f>(load(from + i), has_tangents(f) ? load(t + i) : V{}, one); };
+      const V last = at(classes - W);  // before its first entries may be overwritten
+      for (int64_t i = 0; i < whole; i += W) store(out + i, at(i));
+      store(out + classes - W, last);
+      if constexpr (is_label(f)) {
+        const int32_t y = call.label[first + k];
+        if (y < classes) out[y] = c.at_label[k];
+      }
+    }
+    if (outs == x_scratch) narrow(call.out_type, outs, to, n * classes);
   }
 }
 
@@ -330,8 +455,7 @@ void in_pieces(const Call& call, int64_t row_index, Threads& threads) {
     const Data& d = *(const Data*)p;
     d.states[i] = accumulate<f>(d.call, d.row, d.edge(i), d.edge(i + 1));
   }, &data);
-  State states[W];
-  State& s = states[0] = data.states[0];
+  State& s = data.states[0];
   for (int64_t i = 1; i < pieces; i++) {
     State& next = data.states[i];
     const V m = larger(s.m, next.m);
@@ -340,7 +464,7 @@ void in_pieces(const Call& call, int64_t row_index, Threads& threads) {
     for (const auto sum : {&State::total, &State::others, &State::at_largest, &State::at_others, &State::gaps})
       s.*sum += next.*sum;
   }
-  data.c = row(finish_rows<f>(call, states, row_index, 1), 0);
+  data.c = finish_long<f>(call, s, row_index);
   if constexpr (writes(f))
     threads.run(pieces, [](const void* p, int64_t i) {
       const Data& d = *(const Data*)p;
@@ -350,51 +474,60 @@ void in_pieces(const Call& call, int64_t row_index, Threads& threads) {
 
 // Rows along the lanes: they are too short for vectors, or their entries do not lie side by side.
 
-constexpr int kLanes = 64;    // rows in a tile
-constexpr int kClasses = 64;  // classes in a tile, up to twice as many in the last
+constexpr int kClasses = 64;  // in a tile, up to twice as many in the last
 
+template <int lanes>
 struct Tile {
-  alignas(64) float entries[2 * kClasses][kLanes];
+  alignas(64) float entries[2 * kClasses][lanes];
 };
 
-// Rows `first` and the n - 1 that follow, of the same `outer`; classes `start` and the `classes` - 1 that follow.
-inline int64_t offset_of(const Call& call, int64_t first, int64_t start) {
-  return (first / call.inner * call.classes + start) * call.inner + first % call.inner;
-}
-
-void read_tile(Tile& tile, const Call& call, const char* p, Type type, int64_t first, int64_t n, int64_t start,
+// Rows `first` and the n - 1 that follow, classes `start` and the `classes` - 1 that follow.
+template <int lanes>
+void read_tile(Tile<lanes>& tile, const Call& call, const char* p, Type type, int64_t first, int64_t n, int64_t start,
                int64_t classes) {
   const int size = size_of(type);
   p += offset_of(call, first, start) * size;
-  if (n < kLanes) std::memset(tile.entries, 0, classes * sizeof tile.entries[0]);
-  if (call.inner > 1) {
+  if constexpr (lanes > W) {
+    if (n < lanes) std::memset(tile.entries, 0, classes * sizeof tile.entries[0]);
     for (int64_t k = 0; k < classes; k++) widen(type, p + k * call.inner * size, tile.entries[k], n);
-    return;
+  } else {
+    // Rows of less than W classes lie side by side. A vector has the next one's first classes too.
+    float scratch[W * W + W];
+    const float* from = scratch;
+    V rows[W];
+    if (type == Type::f32 && (call.outer - first) * classes >= W * classes + W) {
+      from = (const float*)p;
+    } else {
+      std::memset(scratch + n * classes, 0, (W - n) * classes * sizeof(float) + W * sizeof(float));
+      widen(type, p, scratch, n * classes);
+    }
+    for (int r = 0; r < W; r++) rows[r] = load(from + r * classes);
+    transpose(rows);
+    for (int64_t k = 0; k < classes; k++) store(tile.entries[k], rows[k]);
   }
-  float scratch[W * kLanes];  // rows of less than W classes lie side by side
-  const float* rows = floats(p, type, 0, n * classes, scratch);
-  for (int64_t r = 0; r < n; r++)
-    for (int64_t k = 0; k < classes; k++) tile.entries[k][r] = rows[r * classes + k];
 }
 
-void write_tile(const Tile& tile, const Call& call, int64_t first, int64_t n, int64_t start, int64_t classes) {
+template <int lanes>
+void write_tile(const Tile<lanes>& tile, const Call& call, int64_t first, int64_t n, int64_t start, int64_t classes) {
   const int size = size_of(call.out_type);
   char* p = call.out + offset_of(call, first, start) * size;
-  if (call.inner > 1) {
+  if constexpr (lanes > W) {
     for (int64_t k = 0; k < classes; k++) narrow(call.out_type, tile.entries[k], p + k * call.inner * size, n);
-    return;
+  } else {
+    float scratch[W * W + W];
+    V rows[W];
+    for (int k = 0; k < W; k++) rows[k] = k < classes ? load(tile.entries[k]) : V{};
+    transpose(rows);
+    for (int64_t r = 0; r < n; r++) store(scratch + r * classes, rows[r]);  // the next row overwrites what is too much
+    narrow(call.out_type, scratch, p, n * classes);
   }
-  float scratch[W * kLanes];
-  float* rows = call.out_type == Type::f32 ? (float*)p : scratch;
-  for (int64_t r = 0; r < n; r++)
-    for (int64_t k = 0; k < classes; k++) rows[r * classes + k] = tile.entries[k][r];
-  if (rows == scratch) narrow(call.out_type, scratch, p, n * classes);
 }
 
-template <Function f>
+// The same rows, of which there are as many as lanes, or less.
+template <Function f, int lanes>
 void across(const Call& call, int64_t first, int64_t n) {
-  Tile x, t;
-  constexpr int vectors = kLanes / W;
+  constexpr int vectors = lanes / W;
+  Tile<lanes> x, t;
   State states[vectors];
   Row rows[vectors];
   Coefficients coefficients[vectors];
@@ -408,33 +541,40 @@ void across(const Call& call, int64_t first, int64_t n) {
     read_tile(x, call, call.x, call.x_type, first, n, start, some);
     if constexpr (has_tangents(f)) read_tile(t, call, call.t, call.t_type, first, n, start, some);
   };
-  const auto at = [](const Tile& tile, int64_t k, int j) { return load(tile.entries[k] + j * W); };
+  const auto at = [](const Tile<lanes>& tile, int64_t k, int j) { return load(tile.entries[k] + j * W); };
+  const auto count = [&](int j) { return std::clamp<int64_t>(n - j * W, 0, W); };
 
-  for (int j = 0; j < vectors; j++)
-    rows[j] = read_rows<f>(call, first + j * W, std::clamp<int64_t>(n - j * W, 0, W));
+  for (int j = 0; j < vectors; j++) rows[j] = read_rows<f>(call, first + j * W, count(j));
   for_each_block([&](int64_t start, int64_t some) {
     read(start, some);
     for (int j = 0; j < vectors; j++) {
       State s = states[j];
       V m = s.m;
       for (int64_t k = 0; k < some; k++) m = larger(at(x, k, j), m);
-      raise<f>(s, m);
-      for (int64_t k = 0; k < some; k++)
-        add<f, true>(s, at(x, k, j), is_label(f) ? all(1.0f) : at(t, k, j), rows[j].label == (int)(start + k));
+      start == 0 ? void(s.m = m) : raise<f>(s, m);
+      for (int64_t k = 0; k < some; k++) {
+        const V t_k = is_label(f) ? all(1.0f) : has_tangents(f) ? at(t, k, j) : V{};
+        const I is_label_k = rows[j].label == (int)(start + k);
+        const V e = add<f, true>(s, at(x, k, j), t_k, is_label_k);
+        if constexpr (is_label(f)) rows[j].of_label = is_label_k ? at(x, k, j) : rows[j].of_label;
+        if (writes(f) && f != Function::log_softmax) store(x.entries[k] + j * W, e);  // of an only block, it is final
+      }
       states[j] = s;
     }
   });
   for (int j = 0; j < vectors; j++) {
     coefficients[j] = finish<f>(states[j], rows[j], (float)call.classes);
-    write_rows(call, first + j * W, std::clamp<int64_t>(n - j * W, 0, W), rows[j]);
+    write_rows(call, first + j * W, count(j), rows[j]);
   }
   if constexpr (!writes(f)) return;
   for_each_block([&](int64_t start, int64_t some) {
-    if (some < call.classes) read(start, some);
+    const bool kept = some == call.classes;
+    if (!kept) read(start, some);
     for (int j = 0; j < vectors; j++) {
       const Coefficients& c = coefficients[j];
       for (int64_t k = 0; k < some; k++) {
-        V v = entry<f>(at(x, k, j), at(t, k, j), c);
+        const V e = kept || f == Function::log_softmax ? at(x, k, j) : exp(at(x, k, j) - c.m);
+        V v = entry<f>(e, has_tangents(f) ? at(t, k, j) : V{}, c);
         if constexpr (is_label(f)) v = rows[j].label == (int)(start + k) ? c.at_label : v;
         store(x.entries[k] + j * W, c.none ? V{} : v);
       }
@@ -443,42 +583,43 @@ void across(const Call& call, int64_t first, int64_t n) {
   });
 }
 
-constexpr int64_t kTask = 64 << 10;  // bytes of logits
+constexpr int64_t kTask = 16 << 10;  // entries
+
+// `runs` of `size` rows that lie side by side, in tiles.
+template <Function f, int lanes>
+void across_tasks(const Call& call, int64_t runs, int64_t size, Threads& threads) {
+  const int64_t tiles = (size + lanes - 1) / lanes;
+  struct Data {
+    const Call& call;
+    int64_t size, tiles, all, per_task;
+  } data{call, size, tiles, runs * tiles, std::max<int64_t>(1, kTask / (lanes * call.classes))};
+  threads.run((data.all + data.per_task - 1) / data.per_task, [](const void* p, int64_t i) {
+    const Data& d = *(const Data*)p;
+    for (int64_t tile = i * d.per_task; tile < std::min(d.all, (i + 1) * d.per_task); tile++) {
+      const int64_t start = tile % d.tiles * lanes;
+      across<f, lanes>(d.call, tile / d.tiles * d.size + start, std::min<int64_t>(lanes, d.size - start));
+    }
+  }, &data);
+}
 
 template <Function f>
 void run(const Call& call, Threads& threads) {
   const int64_t rows = call.outer * call.inner, classes = call.classes;
+  if (call.inner > 1) return across_tasks<f, 64>(call, call.outer, call.inner, threads);
+  if (classes < W) return across_tasks<f, W>(call, 1, rows, threads);
+  if (rows <= 16 && classes >= 2 * kPiece) {
+    for (int64_t r = 0; r < rows; r++) in_pieces<f>(call, r, threads);
+    return;
+  }
   struct Data {
     const Call& call;
-    int64_t tiles;  // of each outer
-    int64_t size;   // rows in a task
-  };
-  if (call.inner > 1 || classes < W) {
-    // Side by side, all rows are one run of them; else those of each outer.
-    const int64_t run = call.inner > 1 ? call.inner : rows;
-    const int64_t tiles = (run + kLanes - 1) / kLanes;
-    const int64_t per_task = std::max<int64_t>(1, kTask / (4 * kLanes * classes));
-    const Data data{call, tiles, per_task};
-    const int64_t all_tiles = rows / run * tiles;
-    threads.run((all_tiles + per_task - 1) / per_task, [](const void* p, int64_t i) {
-      const Data& d = *(const Data*)p;
-      const int64_t run = d.call.inner > 1 ? d.call.inner : d.call.outer;
-      const int64_t all_tiles = d.call.outer * d.call.inner / run * d.tiles;
-      for (int64_t tile = i * d.size; tile < std::min(all_tiles, (i + 1) * d.size); tile++) {
-        const int64_t start = tile % d.tiles * kLanes;
-        across<f>(d.call, tile / d.tiles * run + start, std::min<int64_t>(kLanes, run - start));
-      }
-    }, &data);
-  } else if (rows <= 16 && classes >= 2 * kPiece) {
-    for (int64_t r = 0; r < rows; r++) in_pieces<f>(call, r, threads);
-  } else {
-    const int64_t size = std::max<int64_t>(1, kTask / (4 * classes) / W * W);
-    const Data data{call, 0, size};
-    threads.run((rows + size - 1) / size, [](const void* p, int64_t i) {
-      const Data& d = *(const Data*)p;
-      along<f>(d.call, i * d.size, std::min(d.call.outer, (i + 1) * d.size));
-    }, &data);
-  }
+    int64_t size;  // rows in a task
+  } data{call, std::max<int64_t>(1, kTask / classes / W * W)};
+  threads.run((rows + data.size - 1) / data.size, [](const void* p, int64_t i) {
+    const Data& d = *(const Data*)p;
+    const int64_t begin = i * d.size, end = std::min(d.call.outer, begin + d.size);
+    d.call.classes <= kShort ? along_short<f>(d.call, begin, end) : along<f>(d.call, begin, end);
+  }, &data);
 }
 
 }  // namespace

@@ -60,40 +60,15 @@ inline V exp(V x) {
   return x < -87.33654f ? V{} : e * scale;  // e is NaN where x is, and stays so
 }
 
-// log(1 + x) - log(1 + x rounded) is what the second argument is for. In double, so that the result is right to a
-// float's last bit.
-inline double log_of_double(double x, double missing) {
-  uint64_t u;
-  std::memcpy(&u, &x, sizeof u);
-  const uint64_t offset = u - 0x3fe6a09e667f3bcdull;  // from sqrt(1/2)
-  const double n = (double)((int64_t)offset >> 52);
-  u -= offset & 0xfff0000000000000ull;
-  double m;
-  std::memcpy(&m, &u, sizeof m);
-  const double s = (m - 1.0) / (m + 1.0), t = s * s;
-  double p = 2.0 / 13;
-  p = p * t + 2.0 / 11;
-  p = p * t + 2.0 / 9;
-  p = p * t + 2.0 / 7;
-  p = p * t + 2.0 / 5;
-  p = p * t + 2.0 / 3;
-  return n * 0.69314718055994530942 + s * (p * t + 2.0) + missing / x;
-}
-
-// log(x) for x >= 1 and NaN.
-inline V log(V x) {
-  V y;
-  for (int k = 0; k < W; k++) y[k] = (float)log_of_double(x[k], 0.0);
-  return x < __builtin_inff() ? y : x;
-}
-
-// log(1 + x) for x >= 0 and NaN, with full relative accuracy for tiny x.
-inline V log1p(V x) {
-  V y;
-  for (int k = 0; k < W; k++) {
-    const double u = 1.0 + (double)x[k];
-    y[k] = (float)log_of_double(u, (double)x[k] - (u - 1.0));
-  }
+// log(x) + missing / x for x >= 1, where what x lost when it was rounded is missing. Polynomial: fdlibm's e_logf.c.
+inline V log(V x, V missing) {
+  const I offset = bits(x) - 0x3f3504f3;  // from sqrt(1/2)
+  const V n = __builtin_convertvector(offset >> 23, V);
+  const V f = from_bits((offset & 0x007fffff) + 0x3f3504f3) - 1.0f;
+  const V s = f / (f + 2.0f), z = s * s, w = z * z;
+  const V r = z * (w * 0.28498787f + 0.66666662f) + w * (w * 0.24279079f + 0.40000972f);
+  const V half = 0.5f * f * f;
+  const V y = n * 0.693138123f - ((half - (s * (half + r) + n * 9.05800094e-6f)) - f) + missing / x;
   return x < __builtin_inff() ? y : x;
 }
 
@@ -116,6 +91,18 @@ inline V reduce_each(V (&rows)[W], Join join) {
     for (int k = 0; k < half; k++)
       rows[k] = join(interleave_first(rows[k], rows[k + half]), interleave_second(rows[k], rows[k + half]));
   return rows[0];
+}
+
+// Lane j of row k becomes lane k of row j.
+inline void transpose(V (&rows)[W]) {
+  for (int step = 1; step < W; step *= 2) {
+    V next[W];
+    for (int k = 0; k < W / 2; k++) {
+      next[2 * k] = interleave_first(rows[k], rows[k + W / 2]);
+      next[2 * k + 1] = interleave_second(rows[k], rows[k + W / 2]);
+    }
+    std::memcpy(rows, next, sizeof rows);
+  }
 }
 
 // Formats of half the width. All arithmetic is on floats.
