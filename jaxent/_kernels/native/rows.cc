@@ -7,7 +7,7 @@
 #include "rows.h"
 
 #include <algorithm>
-#include <array>
+#include <iterator>
 #include <memory>
 
 #include "vector.h"
@@ -32,15 +32,23 @@ constexpr bool has_tangents(Function f) {
 }
 constexpr bool writes(Function f) { return f != Function::label_loss && f != Function::expected_loss; }
 
-// What has been added up.
+// What has been added up. The largest logits, for which exp(x - m) is 1, are counted instead: many small terms beside
+// them would be rounded away.
 struct State {
-  V m = all(kLowest);   // the largest logit
-  V total = {};         // of exp(x - m); of a label's loss without the label
-  V others = {};        // of the same without the largest
-  V at_largest = {};    // of t of the largest
-  V at_others = {};     // of t of the others, for derivatives times exp(x - m)
-  V gaps = {};          // of t * (m - x)
+  V m = all(kLowest);  // the largest logit
+  V ties = {};         // how often it occurs
+  V others = {};       // of exp(x - m) of the others; of a label's loss without the label
+  V at_largest = {};   // of t of the largest
+  V at_others = {};    // of t of the others, for derivatives times exp(x - m)
+  V gaps = {};         // of t * (m - x)
 };
+
+using Sum = V State::*;
+constexpr Sum kSums[] = {&State::ties, &State::others, &State::at_largest, &State::at_others, &State::gaps};
+
+inline void merge(State& s, const State& more) {
+  for (const Sum sum : kSums) s.*sum += more.*sum;
+}
 
 // Make sums relative to a logit that is at least as large as all so far.
 template <Function f>
@@ -51,13 +59,13 @@ inline void raise(State& s, V m) {
     const V mass = s.at_largest + s.at_others;
     s.gaps += mass == 0.0f ? V{} : mass * (m - s.m);
   }
-  if constexpr (!is_label(f) && f != Function::softmax) s.others = (rose ? s.total : s.others) * r;
+  s.others = (s.others + (rose ? s.ties : V{})) * r;
+  s.ties = rose ? V{} : s.ties;
   if constexpr (has_tangents(f)) {
     s.at_others += rose ? s.at_largest : V{};
     s.at_largest = rose ? V{} : s.at_largest;
   }
   if constexpr (is_derivative(f)) s.at_others *= r;
-  s.total *= r;
   s.m = m;
 }
 
@@ -66,14 +74,12 @@ template <Function f, bool excluding = false>
 inline V add(State& s, V x, V t, I excluded) {
   const V d = x - s.m, e = exp(d);
   const I largest = x == s.m;
-  s.total += excluding && is_label(f) ? (excluded ? V{} : e) : e;
-  if constexpr (!is_label(f) && f != Function::softmax) s.others += largest ? V{} : e;
-  if constexpr (is_derivative(f)) {
-    s.at_largest += largest ? t : V{};
-    s.at_others += (largest ? V{} : e) * t;
-  } else if constexpr (has_tangents(f)) {
-    s.at_largest += largest ? t : V{};
-    s.at_others += largest ? V{} : t;
+  const I apart = excluding && is_label(f) ? largest | excluded : largest;
+  s.ties = largest ? s.ties + 1.0f : s.ties;
+  s.others = apart ? s.others : s.others + e;
+  if constexpr (has_tangents(f)) {
+    s.at_largest = largest ? s.at_largest + t : s.at_largest;
+    s.at_others = largest ? s.at_others : s.at_others + (is_derivative(f) ? e * t : t);
   }
   if constexpr (is_label(f)) s.at_others += t;
   if constexpr (is_label(f) || is_expected(f)) s.gaps -= t == 0.0f ? V{} : t * d;
@@ -82,15 +88,10 @@ inline V add(State& s, V x, V t, I excluded) {
 
 // What `finish` wants to know.
 template <Function f>
-constexpr auto sums() {
-  using Sum = V State::*;
-  if constexpr (f == Function::softmax) return std::array<Sum, 1>{&State::total};
-  else if constexpr (is_label(f)) return std::array<Sum, 2>{&State::total, &State::gaps};
-  else if constexpr (f == Function::log_softmax) return std::array<Sum, 2>{&State::total, &State::others};
-  else if constexpr (!is_expected(f))
-    return std::array<Sum, 4>{&State::total, &State::others, &State::at_largest, &State::at_others};
-  else
-    return std::array<Sum, 5>{&State::total, &State::others, &State::at_largest, &State::at_others, &State::gaps};
+constexpr bool is_wanted(Sum sum) {
+  if (sum == &State::gaps) return is_label(f) || is_expected(f);
+  if (sum == &State::at_largest || sum == &State::at_others) return has_tangents(f);
+  return true;
 }
 
 // A lane for each of W rows, from what the lanes of each row have added up relative to the same logit.
@@ -98,18 +99,20 @@ template <Function f>
 class Joined {
  public:
   void put(int k, const State& s) {
-    for (size_t i = 0; i < kSums.size(); i++) lanes_[i][k] = s.*kSums[i];
+    for (int i = 0; i < kCount; i++)
+      if (is_wanted<f>(kSums[i])) lanes_[i][k] = s.*kSums[i];
   }
   State join(V m) {
     State s;
     s.m = m;
-    for (size_t i = 0; i < kSums.size(); i++) s.*kSums[i] = reduce_each(lanes_[i], [](V a, V b) { return a + b; });
+    for (int i = 0; i < kCount; i++)
+      if (is_wanted<f>(kSums[i])) s.*kSums[i] = reduce_each(lanes_[i], [](V a, V b) { return a + b; });
     return s;
   }
 
  private:
-  static constexpr auto kSums = sums<f>();
-  V lanes_[kSums.size()][W];
+  static constexpr int kCount = std::size(kSums);
+  V lanes_[kCount][W];
 };
 
 inline V largest_of_each(V (&lanes)[W]) {
@@ -136,6 +139,12 @@ struct Row {
   V results[3];
 };
 
+// A sum of exponentials, or NaN where a logit is inf, and where all of them are -inf.
+inline V known(V m, V total) {
+  const I nothing = (m == __builtin_inff()) | (total == 0.0f);
+  return nothing ? all(__builtin_nanf("")) : total;
+}
+
 template <Function f>
 inline Coefficients finish(const State& s, Row& rows, float classes) {
   const V nan = all(__builtin_nanf(""));
@@ -143,8 +152,8 @@ inline Coefficients finish(const State& s, Row& rows, float classes) {
   c.m = s.m;
   c.none = I{};
   if constexpr (is_label(f)) {
-    const V gap = rows.of_label - s.m, of_label = exp(gap), others = s.total;
-    const V total = others + of_label == 0.0f ? nan : others + of_label;  // 0: every logit is -inf
+    const V gap = rows.of_label - s.m, of_label = exp(gap), others = (gap == 0.0f ? s.ties - 1.0f : s.ties) + s.others;
+    const V total = known(s.m, others + of_label);
     const V log_total = log(total, gap == 0.0f ? others - (total - 1.0f) : V{});
     const V loss = log_total - gap, uniform = log_total + s.gaps / classes, lse = s.m + log_total;
     c.none = rows.label < 0;
@@ -158,7 +167,8 @@ inline Coefficients finish(const State& s, Row& rows, float classes) {
     c.at_label = (shared * of_label - a * others) / total - c.b;
     return c;
   }
-  const V total = s.total == 0.0f ? nan : s.total, mass = s.at_largest + s.at_others;
+  const V total = known(s.m, s.ties + s.others);
+  const V mass = s.at_largest + s.at_others;
   const I dominated = total < 1.5f;  // one class has two thirds of the probability
   const auto log_total = [&] {
     const V one_more = 1.0f + s.others;
@@ -200,7 +210,7 @@ inline V entry(V e, V t, const Coefficients& c) {
 
 // Classes along the lanes. They lie side by side and are at least W.
 
-constexpr int64_t kBlock = 1024;       // floats in a first-level cache, beside two more such arrays
+constexpr int64_t kBlock = 64 * W;  // floats in a first-level cache, and few enough to be added one after the other
 
 // The next block of a row that ends at `end`: none is shorter than a vector.
 inline int64_t block(int64_t start, int64_t end) { return end - start <= 2 * kBlock ? end - start : kBlock; }
@@ -227,16 +237,19 @@ void accumulate_block(State& s, const float* x, const float* t, int64_t n, int64
     m3 = larger(load(x + i + 3 * W), m3);
   }
   for (; i < whole; i += W) m = larger(load(x + i), m);
-  raise<f>(s, larger(larger(m, m1), larger(m2, m3)));
+  State b;
+  b.m = larger(larger(m, m1), larger(m2, m3));
+  raise<f>(s, b.m);
 
   const auto tangent = [&](int64_t i) { return is_label(f) ? all(1.0f) : has_tangents(f) ? load(t + i) : V{}; };
   if (is_label(f) && 0 <= label && label < n) {
-    for (i = 0; i < whole; i += W) add<f, true>(s, load(x + i), tangent(i), iota() + (int)i == (int)label);
-    if (whole < n) add<f, true>(s, last, rest ? tangent(n - W) : V{}, iota() + (int)(n - W) == (int)label);
+    for (i = 0; i < whole; i += W) add<f, true>(b, load(x + i), tangent(i), iota() + (int)i == (int)label);
+    if (whole < n) add<f, true>(b, last, rest ? tangent(n - W) : V{}, iota() + (int)(n - W) == (int)label);
   } else {
-    for (i = 0; i < whole; i += W) add<f>(s, load(x + i), tangent(i), I{});
-    if (whole < n) add<f>(s, last, rest ? tangent(n - W) : V{}, I{});
+    for (i = 0; i < whole; i += W) add<f>(b, load(x + i), tangent(i), I{});
+    if (whole < n) add<f>(b, last, rest ? tangent(n - W) : V{}, I{});
   }
+  merge(s, b);
 }
 
 template <Function f>
@@ -461,8 +474,7 @@ void in_pieces(const Call& call, int64_t row_index, Threads& threads) {
     const V m = larger(s.m, next.m);
     raise<f>(s, m);
     raise<f>(next, m);
-    for (const auto sum : {&State::total, &State::others, &State::at_largest, &State::at_others, &State::gaps})
-      s.*sum += next.*sum;
+    merge(s, next);
   }
   data.c = finish_long<f>(call, s, row_index);
   if constexpr (writes(f))
@@ -548,10 +560,10 @@ void across(const Call& call, int64_t first, int64_t n) {
   for_each_block([&](int64_t start, int64_t some) {
     read(start, some);
     for (int j = 0; j < vectors; j++) {
-      State s = states[j];
-      V m = s.m;
-      for (int64_t k = 0; k < some; k++) m = larger(at(x, k, j), m);
-      start == 0 ? void(s.m = m) : raise<f>(s, m);
+      State s;
+      s.m = states[j].m;
+      for (int64_t k = 0; k < some; k++) s.m = larger(at(x, k, j), s.m);
+      raise<f>(states[j], s.m);
       for (int64_t k = 0; k < some; k++) {
         const V t_k = is_label(f) ? all(1.0f) : has_tangents(f) ? at(t, k, j) : V{};
         const I is_label_k = rows[j].label == (int)(start + k);
@@ -559,7 +571,7 @@ void across(const Call& call, int64_t first, int64_t n) {
         if constexpr (is_label(f)) rows[j].of_label = is_label_k ? at(x, k, j) : rows[j].of_label;
         if (writes(f) && f != Function::log_softmax) store(x.entries[k] + j * W, e);  // of an only block, it is final
       }
-      states[j] = s;
+      merge(states[j], s);
     }
   });
   for (int j = 0; j < vectors; j++) {
