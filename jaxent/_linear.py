@@ -96,7 +96,7 @@ def _taylor(primals: Any, series: Any, **maps: Any) -> Any:
     return jet.jet(partial(_run, **maps), primals, series, factorial_scaled=False)
 
 
-mlir.register_lowering(_linear_p, mlir.lower_fun(_run))
+mlir.register_lowering(_linear_p, mlir.lower_fun(_run), cacheable=False)  # see _kernels
 ad.primitive_jvps[_linear_p] = _jvp
 ad.primitive_transposes[_linear_p] = _transposed
 batching.primitive_batchers[_linear_p] = _batched

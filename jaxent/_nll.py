@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Integer
 
+from . import _kernels as kernels
 from ._check import (
     AxisName,
     FloatArray,
@@ -83,7 +84,7 @@ def nll(
     return _nll(log_probs, labels, weight, classes, ignore_index, reduction)
 
 
-@partial(jax.jit, static_argnums=(3, 4, 5))
+@partial(jax.jit, static_argnums=(3, 4, 5), inline=True)  # so that a kernel may see where log_probs come from
 def _nll(
     log_probs: FloatArray,
     labels: LabelArray,
@@ -99,8 +100,8 @@ def _nll(
         loss = expected_nll(log_p, q, axis)
         return reduced(loss, scale_of_all(loss.size, axis.size(log_p), reduction, dtype))
     target = read_labels(labels, axis.size(log_p), weight, ignore_index, dtype, axis.names)
-    like = jax.ShapeDtypeStruct(log_p.shape, log_p.dtype)
-    loss = axis.total(linear(partial(_pick, axis), partial(_place, axis, like), (target.label,), log_p))
+    place = partial(_place, axis, log_p.shape[axis.index], log_p.dtype)
+    loss = axis.total(linear(partial(_pick, axis), place, (target.label,), log_p))
     loss = loss if target.weight is None else loss * target.weight
     return reduced(loss, scale_of_each(target, reduction, dtype))
 
@@ -114,15 +115,13 @@ def expected_nll(log_p: Float[Array, "..."], q: Float[Array, "..."], axis: Class
 
 
 def _pick(axis: ClassAxis, label: Integer[Array, "..."], log_p: Float[Array, "..."]) -> Float[Array, "..."]:
-    entry = jnp.sum(jnp.where(axis.one_hot(label, log_p), wide(log_p), 0.0), axis.index)
-    return jnp.where(label < axis.size(log_p), -entry, jnp.nan)
+    return kernels.pick(log_p, label, axis=axis)
 
 
 def _place(
-    axis: ClassAxis, like: jax.ShapeDtypeStruct, label: Integer[Array, "..."], g: Float[Array, "..."]
+    axis: ClassAxis, classes: Any, dtype: DTypeLike, label: Integer[Array, "..."], g: Float[Array, "..."]
 ) -> Float[Array, "..."]:
-    g = axis.expand(jnp.where(label < 0, 0.0, jnp.where(label < axis.size(like), -g, jnp.nan)))
-    return jnp.where(axis.one_hot(label, like) | jnp.isnan(g), g, 0.0).astype(like.dtype)
+    return kernels.place(g, label, axis=axis, classes=classes, dtype=dtype)
 
 
 def _expect(axis: ClassAxis, q: Float[Array, "..."], log_p: Float[Array, "..."]) -> Float[Array, "..."]:

@@ -22,8 +22,9 @@ def _by(name, implementation):
 
     @functools.wraps(function)
     def asked(x, *args, **options):
-        double = "float64" in (str(getattr(x, "dtype", "")), str(options.get("dtype", "")))  # nobody's but XLA's
-        return function(x, *args, implementation=None if double else implementation, **options)
+        dtypes = [str(getattr(a, "dtype", "")) for a in (x, *args, *options.values())] + [str(options.get("dtype"))]
+        by_xla = "float64" in dtypes  # nobody else computes in it
+        return function(x, *args, implementation=None if by_xla else implementation, **options)
 
     return asked
 

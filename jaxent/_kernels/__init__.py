@@ -1,8 +1,9 @@
 """The seam between meaning and machines: every row function is a JAX primitive, and its lowering picks the kernel.
 
 `xla.py` has the plain form of each. A machine's file beside it, named in `MACHINES`, has functions of the same names
-and arguments for what it does better, and says in `refusal` which arguments it does not take. Nothing here knows of
-derivatives, of what labels mean, of weights or of reductions.
+and arguments for what it does better, and says in `refusal` which arguments it does not take; one that wants to see
+what its arguments are made of has a lowering rule of its own, `lower`. Nothing here knows of derivatives, of what
+labels mean, of weights or of reductions.
 """
 
 import importlib
@@ -38,8 +39,8 @@ def implementations() -> tuple[str, ...]:
     return ("xla", *sorted({machine.implementation for machine in MACHINES.values()}))
 
 
-def _row_function(plain: Callable[..., Any]) -> Any:
-    """`plain` as a primitive. Logits come first, then arrays of their shape or of their rows' shape."""
+def _row_function(plain: Callable[..., Any], *, from_rows: bool = False) -> Any:
+    """`plain` as a primitive. Logits come first, then arrays of their shape or of their rows' shape, or rows only."""
     primitive = Primitive(f"jaxent_{plain.__name__}")
     primitive.multiple_results = True
 
@@ -62,6 +63,8 @@ def _row_function(plain: Callable[..., Any]) -> Any:
         if kernel is None:
             return mlir.lower_fun(form)(context, *arrays, **options)
         del options["implementation"]
+        if hasattr(kernel, "lower"):
+            return kernel.lower(context, *arrays, **options)
 
         def served(*arrays: Any) -> tuple[Any, ...]:
             return as_tuple(kernel(*arrays, **options))
@@ -74,7 +77,7 @@ def _row_function(plain: Callable[..., Any]) -> Any:
     primitive.def_impl(form)
     primitive.def_abstract_eval(abstract)
     batching.primitive_batchers[primitive] = batched
-    mlir.register_lowering(primitive, lower)
+    mlir.register_lowering(primitive, lower, cacheable=False)  # a cached rule cannot see where its arguments come from
     jet.jet_rules[primitive] = taylor
 
     def defjvp(rule: Callable[..., Any]) -> Callable[..., Any]:
@@ -93,7 +96,7 @@ def _row_function(plain: Callable[..., Any]) -> Any:
     @wraps(plain)
     def bound(*arrays: Any, implementation: str | None = None, **options: Any) -> Any:
         run = partial(primitive.bind, implementation=implementation, **options)
-        if MACHINES and implementation != "xla":
+        if MACHINES and implementation != "xla" and not from_rows:
             run = _on_each_device(run, arrays, options["axis"])
         out = run(*arrays)
         return out[0] if len(out) == 1 else tuple(out)
@@ -177,3 +180,5 @@ label_loss = _row_function(xla.label_loss)
 label_loss_and_gradient = _row_function(xla.label_loss_and_gradient)
 expected_loss = _row_function(xla.expected_loss)
 expected_loss_and_gradient = _row_function(xla.expected_loss_and_gradient)
+pick = _row_function(xla.pick)
+place = _row_function(xla.place, from_rows=True)

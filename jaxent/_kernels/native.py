@@ -6,41 +6,48 @@ The library stands beside this file if a C++ compiler was found when the package
 import ctypes
 import functools
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.interpreters import mlir
 from jax.typing import DTypeLike
 
 from .._class_axis import ClassAxis
 
+TARGET = "jaxent_rows"
 LIBRARY = Path(__file__).parent / "native" / "libjaxent.so"
 
-DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
 
 
 @functools.cache
 def unavailable() -> str | None:
     """Why the library cannot be used. It is loaded when this is first asked."""
+    if not LIBRARY.exists():
+        return "no C++ compiler was found, or none that works, when jaxent was installed"
     try:
         library = ctypes.CDLL(str(LIBRARY))
     except OSError as error:
-        return f"its library is not there: {error}" if not LIBRARY.exists() else f"its library does not load: {error}"
-    jax.ffi.register_ffi_target("jaxent_rows", jax.ffi.pycapsule(library.jaxent_rows), platform="cpu")
+        return f"its library does not load: {error}"
+    jax.ffi.register_ffi_target(TARGET, jax.ffi.pycapsule(library.jaxent_rows), platform="cpu")
     return None
 
 
-def refusal(name: str, x: Any, *arrays: Any, axis: ClassAxis, dtype: DTypeLike | None = None) -> str | None:
-    """Why `name` is not computed here for such arguments."""
-    del name
-    dtypes = {jnp.dtype(a.dtype) for a in (x, *arrays) if jnp.issubdtype(a.dtype, jnp.floating)}
-    dtypes |= set() if dtype is None else {jnp.dtype(dtype)}
-    if other := dtypes - set(map(jnp.dtype, DTYPES)):
-        return f"it computes no {' or '.join(sorted(map(str, other)))}"
-    if not x.shape[axis.index]:
-        return "there are no classes"
+def level() -> str:
+    """For which instruction set the library computes."""
+    library = ctypes.CDLL(str(LIBRARY))
+    library.jaxent_level.restype = ctypes.c_char_p
+    return library.jaxent_level().decode()
+
+
+def refusal(_: str, x: Any, *arrays: Any, axis: ClassAxis, dtype: DTypeLike | None = None, **__: Any) -> str | None:
+    """Why that function is not computed here for such arguments."""
+    dtypes = [a.dtype for a in (x, *arrays)] + ([] if dtype is None else [dtype])
+    if any(jnp.dtype(d) == jnp.float64 for d in dtypes):
+        return "it computes no float64"
     return unavailable()
 
 
@@ -51,17 +58,103 @@ def _row_function(name: str, results: str) -> Callable[..., Any]:
         shape = arrays[0].shape
         row = jax.ShapeDtypeStruct(shape[: axis.index] + shape[axis.index + 1 :], jnp.float32)
         out = tuple(row if kind == "r" else jax.ShapeDtypeStruct(shape, dtype) for kind in results)
-        return tuple(jax.ffi.ffi_call("jaxent_rows", out)(*arrays, function=name, axis=np.int64(axis.index)))
+        return _call(name, out, arrays, axis)
 
+    function.__name__ = name
     return function
+
+
+def _call(name: str, out: tuple[jax.ShapeDtypeStruct, ...], arrays: tuple[jax.Array, ...], axis: ClassAxis) -> Any:
+    known = tuple(jax.ShapeDtypeStruct(o.shape, _known(o.dtype)) for o in out)
+    arrays = tuple(a.astype(_known(a.dtype)) for a in arrays)
+    results = jax.ffi.ffi_call(TARGET, known)(*arrays, function=name, axis=np.int64(axis.index))
+    return tuple(r.astype(o.dtype) for r, o in zip(results, out, strict=True))
+
+
+def _known(dtype: DTypeLike) -> jnp.dtype:
+    """Narrower floats come and go as float32."""
+    return jnp.dtype(jnp.float32 if jnp.dtype(dtype).itemsize < 2 else dtype)
 
 
 softmax = _row_function("softmax", "o")
 log_softmax = _row_function("log_softmax", "o")
 softmax_derivative = _row_function("softmax_derivative", "o")
 log_softmax_derivative = _row_function("log_softmax_derivative", "o")
-log_softmax_pullback = _row_function("log_softmax_pullback", "o")
 label_loss = _row_function("label_loss", "rrr")
 label_loss_and_gradient = _row_function("label_loss_and_gradient", "rrro")
 expected_loss = _row_function("expected_loss", "r")
 expected_loss_and_gradient = _row_function("expected_loss_and_gradient", "ro")
+
+
+# PyTorch's nll_loss of log_softmax takes two passes that one can do: whoever is given the log-probabilities of labels
+# looks where they come from, and if they are ours, asks for the loss of the labels instead. The same with gradients.
+
+
+def log_softmax_pullback(x: jax.Array, g: jax.Array, *, axis: ClassAxis, dtype: DTypeLike) -> Any:
+    """See xla.py."""
+    return _call("log_softmax_pullback", (jax.ShapeDtypeStruct(x.shape, dtype),), (x, g), axis)
+
+
+def pick(log_p: jax.Array, y: jax.Array, *, axis: ClassAxis) -> Any:
+    """See xla.py."""
+    classes = log_p.shape[axis.index]
+    entry = jnp.take_along_axis(log_p, axis.expand(jnp.clip(y, 0, classes - 1)), axis.index)
+    return jnp.where(y < 0, 0.0, jnp.where(y < classes, -axis.squeeze(entry).astype(jnp.float32), jnp.nan))
+
+
+def place(g: jax.Array, y: jax.Array, *, axis: ClassAxis, classes: int, dtype: DTypeLike) -> Any:
+    """See xla.py."""
+    shape = (*y.shape[: axis.index], classes, *y.shape[axis.index :])
+    return _call("place", (jax.ShapeDtypeStruct(shape, dtype),), (g, y), axis)
+
+
+def _lower_pick(context: mlir.LoweringRuleContext, log_p: Any, y: Any, *, axis: ClassAxis) -> Any:
+    made_of = _made_of("log_softmax", log_p, axis)
+    if made_of is None:
+        return mlir.lower_fun(partial(pick, axis=axis), multiple_results=False)(context, log_p, y)
+
+    def loss(x: jax.Array, y: jax.Array) -> jax.Array:
+        return label_loss(x, y, axis=axis)[0]
+
+    return _lower(context, loss, made_of[0], y)
+
+
+def _lower_pullback(context: mlir.LoweringRuleContext, x: Any, g: Any, *, axis: ClassAxis, dtype: DTypeLike) -> Any:
+    made_of = _made_of("place", g, axis)
+    if made_of is None:
+        return mlir.lower_fun(partial(log_softmax_pullback, axis=axis, dtype=dtype))(context, x, g)
+
+    def gradient(x: jax.Array, g: jax.Array, y: jax.Array) -> jax.Array:
+        none = jnp.zeros_like(g)
+        return label_loss_and_gradient(x, y, g, none, none, axis=axis, dtype=dtype)[-1]
+
+    return _lower(context, gradient, x, *made_of)
+
+
+pick.lower = _lower_pick
+log_softmax_pullback.lower = _lower_pullback
+
+
+def _made_of(function: str, value: Any, axis: ClassAxis) -> tuple[Any, ...] | None:
+    """The arguments of our own call of `function` along `axis` that makes `value`; None if something else makes it.
+
+    Half precision would be rounded on the way, so it is.
+    """
+    made_by = value.owner
+    if getattr(made_by, "name", None) != "stablehlo.custom_call" or str(value.type.element_type) != "f32":
+        return None
+    if made_by.attributes["call_target_name"].value != TARGET:
+        return None
+    options = made_by.attributes["mhlo.backend_config"]
+    if (options["function"].value, options["axis"].value) != (function, axis.index):
+        return None
+    return tuple(made_by.operands)
+
+
+_DTYPES_OF_MLIR = {"f32": jnp.float32, "bf16": jnp.bfloat16, "f16": jnp.float16, "i32": jnp.int32}
+
+
+def _lower(context: mlir.LoweringRuleContext, function: Callable[..., jax.Array], *values: Any) -> Any:
+    """`function` of values that may be others than the rule was called with."""
+    avals = [jax.core.ShapedArray(v.type.shape, _DTYPES_OF_MLIR[str(v.type.element_type)]) for v in values]
+    return mlir.lower_fun(function, multiple_results=False)(context.replace(avals_in=avals), *values)

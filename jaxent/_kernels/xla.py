@@ -106,6 +106,19 @@ def expected_loss_and_gradient(
     return expected_loss(x, q, axis=axis), jnp.where(a == 0.0, 0.0, a * gradient).astype(dtype)
 
 
+def pick(log_p: Logits, y: Integer[Array, "..."], *, axis: ClassAxis) -> Row:
+    r"""$-\log p_y$ of rows whose log-probabilities are given, for labels as in `label_loss`; 0 if y is in another part."""
+    entry = jnp.sum(jnp.where(axis.one_hot(y, log_p), wide(log_p), 0.0), axis.index)
+    return jnp.where(y < axis.size(log_p), -entry, jnp.nan)
+
+
+def place(g: Row, y: Integer[Array, "..."], *, axis: ClassAxis, classes: int, dtype: DTypeLike) -> Logits:
+    """The transpose of `pick` for so many classes on this device: $-g$ at the label, and 0 elsewhere."""
+    like = jax.ShapeDtypeStruct((*y.shape[: axis.index], classes, *y.shape[axis.index :]), dtype)
+    g = axis.expand(jnp.where(y < 0, 0.0, jnp.where(y < axis.size(like), -g, jnp.nan)))
+    return jnp.where(axis.one_hot(y, like) | jnp.isnan(g), g, 0.0).astype(dtype)
+
+
 def compute_dtype(dtype: DTypeLike) -> jnp.dtype:
     """In which logits of `dtype` are computed: at least float32."""
     return jnp.dtype(dtype if jnp.finfo(dtype).bits > 32 else jnp.float32)

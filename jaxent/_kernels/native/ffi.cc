@@ -3,10 +3,12 @@
 #include <atomic>
 #include <condition_variable>
 #include <cstdint>
+#include <cstdlib>
 #include <memory>
 #include <mutex>
 #include <string>
 #include <string_view>
+#include <thread>
 
 #if defined(__linux__)
 #include <sys/mman.h>
@@ -56,6 +58,8 @@ class Pool final : public Threads {
     }
 
     void wait() {
+      // A task takes microseconds, as long as to fall asleep and to be woken.
+      for (int i = 0; i < 200 && done.load() < n; i++) std::this_thread::yield();
       std::unique_lock<std::mutex> lock(mutex);
       condition.wait(lock, [this] { return all_done; });
     }
@@ -89,6 +93,7 @@ constexpr Signature kSignatures[] = {
     {"label_loss_and_gradient", "xyfff", "rrro", Function::label_loss_and_gradient},
     {"expected_loss", "xt", "r", Function::expected_loss},
     {"expected_loss_and_gradient", "xtf", "ro", Function::expected_loss_and_gradient},
+    {"place", "fy", "o", Function::place},
 };
 
 bool read_type(ffi::DataType dtype, Type& type) {
@@ -108,28 +113,42 @@ bool fits(ffi::AnyBuffer::Dimensions dims, ffi::AnyBuffer::Dimensions logits, si
   return true;
 }
 
-// Fresh memory costs a fault for each page that is touched first; large pages are few.
+// Fresh memory costs a fault for each page that is touched first, and large pages are few. The first and the last that
+// the array has a part of are included: the allocator's header makes an array begin a little behind a page's edge.
 void expect_writes(char* p, size_t bytes) {
 #if defined(__linux__)
   constexpr uintptr_t page = 2 << 20;
-  const uintptr_t begin = ((uintptr_t)p + page - 1) / page * page, end = ((uintptr_t)p + bytes) / page * page;
-  if (begin < end) madvise((void*)begin, end - begin, MADV_HUGEPAGE);  // a hint: whether it is taken does not matter
+  if (bytes < page / 2) return;
+  const uintptr_t begin = (uintptr_t)p / page * page, end = ((uintptr_t)p + bytes + page - 1) / page * page;
+  madvise((void*)begin, end - begin, MADV_HUGEPAGE);  // a hint, whose failure changes nothing
 #else
   (void)p, (void)bytes;
 #endif
 }
 
-using Run = void(const Call&, Threads&);
+struct Level {
+  const char* name;
+  void (*run)(const Call&, Threads&);
+};
 
-Run* choose() {
+// The best instruction set that the processor has; JAXENT_NATIVE_LEVEL=base or avx2 asks for less, to test them.
+Level choose() {
+  const char* asked = std::getenv("JAXENT_NATIVE_LEVEL");
+  const std::string_view at_most = asked ? asked : "";
 #if defined(__x86_64__)
   __builtin_cpu_init();
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-      __builtin_cpu_supports("avx512vl"))
-    return jaxent::run_avx512;
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return jaxent::run_avx2;
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && at_most != "base";
+  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") && at_most != "avx2";
+  if (avx512) return {"avx512", jaxent::run_avx512};
+  if (avx2) return {"avx2", jaxent::run_avx2};
 #endif
-  return jaxent::run_base;
+  return {"base", jaxent::run_base};
+}
+
+const Level& level() {
+  static const Level chosen = choose();
+  return chosen;
 }
 
 ffi::Error call(ffi::ThreadPool pool, ffi::RemainingArgs arguments, ffi::RemainingRets results,
@@ -146,8 +165,9 @@ ffi::Error call(ffi::ThreadPool pool, ffi::RemainingArgs arguments, ffi::Remaini
                  std::to_string(signature->results.size()) + " results");
 
   const auto x = arguments.get<ffi::AnyBuffer>(0);
-  if (!x) return wrong("the logits are no array");
-  const auto shape = x->dimensions();
+  auto out = results.get<ffi::AnyBuffer>(0);
+  if (!x || !out) return wrong("the logits are no array");
+  const auto shape = signature->arguments[0] == 'x' ? x->dimensions() : (*out)->dimensions();
   if (axis < 0 || axis >= (int64_t)shape.size()) return wrong("the logits have no such axis");
   Call c = {};
   c.function = signature->function;
@@ -189,11 +209,9 @@ ffi::Error call(ffi::ThreadPool pool, ffi::RemainingArgs arguments, ffi::Remaini
       expect_writes(p, (*r)->size_bytes());
     }
   }
-  if (c.classes == 0) return wrong("there are no classes");
   if (c.outer == 0 || c.inner == 0) return ffi::Error::Success();
-  static Run* const run = choose();
   Pool threads(pool);
-  run(c, threads);
+  level().run(c, threads);
   return ffi::Error::Success();
 }
 
@@ -207,4 +225,5 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxent_rows, call,
                                   .RemainingRets()
                                   .Attr<std::string_view>("function")
                                   .Attr<int64_t>("axis"));
+extern "C" const char* jaxent_level() { return level().name; }
 #pragma GCC visibility pop

@@ -186,7 +186,7 @@ inline Coefficients finish(const State& s, Row& rows, float classes) {
     c.b = (s.at_largest * s.others - s.at_others) / total;
   }
   if constexpr (is_expected(f)) {
-    rows.results[0] = s.gaps + mass * log_total();
+    rows.results[0] = classes == 0.0f ? V{} : s.gaps + mass * log_total();
     if constexpr (!writes(f)) return c;
     c.c = rows.factors[0];
     c.a = c.c * (mass / total);
@@ -604,7 +604,7 @@ void across_tasks(const Call& call, int64_t runs, int64_t size, Threads& threads
   struct Data {
     const Call& call;
     int64_t size, tiles, all, per_task;
-  } data{call, size, tiles, runs * tiles, std::max<int64_t>(1, kTask / (lanes * call.classes))};
+  } data{call, size, tiles, runs * tiles, std::max<int64_t>(1, kTask / (lanes * std::max<int64_t>(1, call.classes)))};
   threads.run((data.all + data.per_task - 1) / data.per_task, [](const void* p, int64_t i) {
     const Data& d = *(const Data*)p;
     for (int64_t tile = i * d.per_task; tile < std::min(d.all, (i + 1) * d.per_task); tile++) {
@@ -634,6 +634,24 @@ void run(const Call& call, Threads& threads) {
   }, &data);
 }
 
+// Minus the factor of each row at its label, and 0 elsewhere; NaN where there is no such class.
+void place(const Call& call, Threads& threads) {
+  threads.run(call.outer, [](const void* p, int64_t outer) {
+    const Call& call = *(const Call*)p;
+    const int size = size_of(call.out_type);
+    char* out = call.out + outer * call.classes * call.inner * size;
+    std::memset(out, 0, call.classes * call.inner * size);
+    for (int64_t i = 0; i < call.inner; i++) {
+      const int64_t y = call.label[outer * call.inner + i];
+      const float g = y < call.classes ? -call.factors[0][outer * call.inner + i] : __builtin_nanf("");
+      if (y < 0 || g == 0.0f) continue;
+      const bool everywhere = g != g;
+      for (int64_t k = everywhere ? 0 : y; k < (everywhere ? call.classes : y + 1); k++)
+        narrow(call.out_type, &g, out + (k * call.inner + i) * size, 1);
+    }
+  }, &call);
+}
+
 }  // namespace
 
 #define JAXENT_NAME_(level) run_##level
@@ -649,6 +667,7 @@ void jaxent::JAXENT_NAME(JAXENT_LEVEL)(const Call& call, Threads& threads) {
     case Function::label_loss: return run<Function::label_loss>(call, threads);
     case Function::label_loss_and_gradient: return run<Function::label_loss_and_gradient>(call, threads);
     case Function::expected_loss: return run<Function::expected_loss>(call, threads);
+    case Function::place: return place(call, threads);
     case Function::expected_loss_and_gradient: return run<Function::expected_loss_and_gradient>(call, threads);
   }
 }

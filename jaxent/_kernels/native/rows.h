@@ -15,6 +15,7 @@ enum class Function {
   label_loss_and_gradient,
   expected_loss,
   expected_loss_and_gradient,
+  place,
 };
 
 enum class Type { f32, bf16, f16 };

@@ -73,13 +73,21 @@ inline V log(V x, V missing) {
 }
 
 // The lanes of two vectors in turns: of their first halves, and of their second halves.
+#if defined(__has_builtin)
+#if __has_builtin(__builtin_shufflevector)
+#define JAXENT_SHUFFLE(x, y, ...) __builtin_shufflevector(x, y, __VA_ARGS__)
+#endif
+#endif
+#ifndef JAXENT_SHUFFLE  // GCC before 12
+#define JAXENT_SHUFFLE(x, y, ...) __builtin_shuffle(x, y, I{__VA_ARGS__})
+#endif
 template <size_t... K>
 inline V interleave_first(V x, V y, std::index_sequence<K...>) {
-  return __builtin_shufflevector(x, y, (int)(K % 2 * W + K / 2)...);
+  return JAXENT_SHUFFLE(x, y, (int)(K % 2 * W + K / 2)...);
 }
 template <size_t... K>
 inline V interleave_second(V x, V y, std::index_sequence<K...>) {
-  return __builtin_shufflevector(x, y, (int)(K % 2 * W + (W + K) / 2)...);
+  return JAXENT_SHUFFLE(x, y, (int)(K % 2 * W + (W + K) / 2)...);
 }
 inline V interleave_first(V x, V y) { return interleave_first(x, y, std::make_index_sequence<W>{}); }
 inline V interleave_second(V x, V y) { return interleave_second(x, y, std::make_index_sequence<W>{}); }

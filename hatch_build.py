@@ -1,0 +1,110 @@
+"""Compiles jaxent's kernels for CPUs (jaxent/_kernels/native) when the package is built, if there is a C++ compiler.
+
+Without one, or if it fails, the package is pure Python, and XLA computes what the kernels would. The environment may
+say otherwise: JAXENT_NATIVE=no compiles nothing, JAXENT_NATIVE=yes makes it an error if nothing can be compiled, CXX
+names the compiler, and CXXFLAGS are added to its flags.
+"""
+
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import tomllib
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from hatchling.builders.hooks.plugin.interface import BuildHookInterface
+
+SOURCES = Path("jaxent/_kernels/native")
+LIBRARY = SOURCES / "libjaxent.so"
+
+# One file is compiled for several instruction sets, and the library chooses when it is used.
+LEVELS = {
+    "base": [],
+    "avx2": ["-mavx2", "-mfma"],
+    "avx512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma"],
+}
+FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi"]
+
+
+def compiler() -> list[str] | None:
+    """The command of a C++ compiler that understands GCC's vectors."""
+    if os.environ.get("JAXENT_NATIVE") == "no" or sys.platform == "win32":
+        return None
+    names = [os.environ["CXX"]] if os.environ.get("CXX") else ["c++", "g++", "clang++"]
+    return next((shlex.split(name) for name in names if shutil.which(shlex.split(name)[0])), None)
+
+
+def headers() -> str:
+    """jaxlib, which has XLA's headers for foreign functions, in the oldest version that is supported."""
+    with open("pyproject.toml", "rb") as file:
+        dependencies = tomllib.load(file)["project"]["dependencies"]
+    return next(d.replace("jax>=", "jaxlib==") for d in dependencies if d.startswith("jax>="))
+
+
+def build(command: list[str]) -> None:
+    """Compile and link, and put the library in its place at once."""
+    import jaxlib
+
+    include = Path(jaxlib.__file__).parent / "include"
+    levels = LEVELS if platform.machine() in ("x86_64", "AMD64") else {"base": LEVELS["base"]}
+    extra = shlex.split(os.environ.get("CXXFLAGS", "")) + shlex.split(os.environ.get("ARCHFLAGS", ""))
+    with tempfile.TemporaryDirectory(dir=SOURCES) as scratch:
+        jobs = {f"{scratch}/{name}.o": ["rows.cc", f"-DJAXENT_LEVEL={name}", *flags] for name, flags in levels.items()}
+        jobs[f"{scratch}/ffi.o"] = ["ffi.cc", "-isystem", str(include)]
+
+        def compile(job: tuple[str, list[str]]) -> None:
+            (to, (source, *flags)) = job
+            run([*command, *FLAGS, *extra, *flags, "-c", str(SOURCES / source), "-o", to])
+
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            list(pool.map(compile, jobs.items()))
+        runtime = ["-static-libstdc++", "-static-libgcc"] if sys.platform == "linux" else []
+        run([*command, *extra, "-shared", *jobs, *runtime, "-o", f"{scratch}/library"])
+        os.replace(f"{scratch}/library", LIBRARY)
+
+
+def run(command: list[str]) -> None:
+    """Run `command`; if it fails, its messages are the error's."""
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{shlex.join(command)} failed:\n{done.stderr}")
+
+
+class NativeKernels(BuildHookInterface):
+    """Hatchling's hook: it makes the wheel one for this platform and every Python."""
+
+    def dependencies(self) -> list[str]:
+        """What compiling needs."""
+        return [headers()] if self.target_name == "wheel" and compiler() else []
+
+    def initialize(self, version: str, build_data: dict[str, Any]) -> None:
+        """Called before files are collected."""
+        del version
+        if self.target_name != "wheel":
+            return
+        command, required = compiler(), os.environ.get("JAXENT_NATIVE") == "yes"
+        LIBRARY.unlink(missing_ok=True)
+        if command is None:
+            why = "JAXENT_NATIVE=no" if os.environ.get("JAXENT_NATIVE") == "no" else "no C++ compiler was found"
+            if required:
+                raise RuntimeError(why)
+            self.app.display_warning(f"jaxent is installed without its kernels for CPUs: {why}")
+            return
+        try:
+            build(command)
+        except (OSError, RuntimeError) as error:
+            if required:
+                raise
+            self.app.display_warning(f"jaxent is installed without its kernels for CPUs: {error}")
+            return
+        self.app.display_info(f"jaxent's kernels for CPUs were compiled by {command[0]}")
+        build_data["artifacts"].append(str(LIBRARY))
+        build_data["pure_python"] = False
+        target = sysconfig.get_platform().replace("-", "_").replace(".", "_")
+        build_data["tag"] = f"py3-none-{target}"
