@@ -25,6 +25,7 @@ from jax import ShapeDtypeStruct
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 import jaxent
+from jaxent._kernels import native
 
 FILE = Path(__file__).with_suffix(".json")
 COUNTS = ("fusions", "collectives")  # compared exactly
@@ -158,7 +159,7 @@ def read(version: str) -> Figures | None:
 
 def version() -> str:
     """What the figures belong to."""
-    return f"jax {jax.__version__} on cpu"
+    return f"jax {jax.__version__} on cpu" + ("" if native.unavailable() else ", native")
 
 
 def moved(stored: Figures, measured: Figures) -> list[str]:

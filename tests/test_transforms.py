@@ -393,7 +393,7 @@ def test_export_of_symbolic_shapes(name, dtype):
         y, w = jnp.asarray(np.arange(n) % 5, jnp.int32), jnp.linspace(0.0, 2.0, c, dtype=dtype)
         _close(
             *(jax.tree.map(lambda a: np.asarray(a, np.float32), g(x, y, w)) for g in (exported.call, jax.jit(run))),
-            1e-5,
+            1e-5 if dtype == "float32" else 2.0**-7,  # exported is the plain form, which may round to the other side
         )
 
 
