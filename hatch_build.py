@@ -47,14 +47,14 @@ def headers() -> str:
     return next(d.replace("jax>=", "jaxlib==") for d in dependencies if d.startswith("jax>="))
 
 
-def build(command: list[str]) -> None:
+def build(command: list[str], library: Path) -> None:
     """Compile and link, and put the library in its place at once."""
     import jaxlib
 
     include = Path(jaxlib.__file__).parent / "include"
     levels = LEVELS if platform.machine() in ("x86_64", "AMD64") else {"base": LEVELS["base"]}
     extra = shlex.split(os.environ.get("CXXFLAGS", "")) + shlex.split(os.environ.get("ARCHFLAGS", ""))
-    with tempfile.TemporaryDirectory(dir=SOURCES) as scratch:
+    with tempfile.TemporaryDirectory(dir=library.parent) as scratch:
         jobs = {f"{scratch}/{name}.o": ["rows.cc", f"-DJAXENT_LEVEL={name}", *flags] for name, flags in levels.items()}
         jobs[f"{scratch}/ffi.o"] = ["ffi.cc", "-isystem", str(include)]
 
@@ -64,9 +64,9 @@ def build(command: list[str]) -> None:
 
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             list(pool.map(compile, jobs.items()))
-        runtime = ["-static-libstdc++", "-static-libgcc"] if sys.platform == "linux" else []
+        runtime = ["-static-libstdc++", "-static-libgcc", "-Wl,-s"] if sys.platform == "linux" else []
         run([*command, *extra, "-shared", *jobs, *runtime, "-o", f"{scratch}/library"])
-        os.replace(f"{scratch}/library", LIBRARY)
+        os.replace(f"{scratch}/library", library)
 
 
 def run(command: list[str]) -> None:
@@ -85,11 +85,13 @@ class NativeKernels(BuildHookInterface):
 
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
         """Called before files are collected."""
-        del version
         if self.target_name != "wheel":
             return
         command, required = compiler(), os.environ.get("JAXENT_NATIVE") == "yes"
-        LIBRARY.unlink(missing_ok=True)
+        # Where the package is used from its source, the library stands beside it.
+        self.scratch = None if version == "editable" else tempfile.mkdtemp()
+        library = Path(self.scratch) / LIBRARY.name if self.scratch else LIBRARY
+        library.unlink(missing_ok=True)
         if command is None:
             why = "JAXENT_NATIVE=no" if os.environ.get("JAXENT_NATIVE") == "no" else "no C++ compiler was found"
             if required:
@@ -97,14 +99,21 @@ class NativeKernels(BuildHookInterface):
             self.app.display_warning(f"jaxent is installed without its kernels for CPUs: {why}")
             return
         try:
-            build(command)
+            build(command, library)
         except (OSError, RuntimeError) as error:
             if required:
                 raise
             self.app.display_warning(f"jaxent is installed without its kernels for CPUs: {error}")
             return
         self.app.display_info(f"jaxent's kernels for CPUs were compiled by {command[0]}")
-        build_data["artifacts"].append(str(LIBRARY))
+        if self.scratch:
+            build_data["force_include"][str(library)] = str(LIBRARY)
         build_data["pure_python"] = False
         target = sysconfig.get_platform().replace("-", "_").replace(".", "_")
         build_data["tag"] = f"py3-none-{target}"
+
+    def finalize(self, version: str, build_data: dict[str, Any], artifact_path: str) -> None:
+        """Called when the wheel is complete."""
+        del version, build_data, artifact_path
+        if self.target_name == "wheel" and self.scratch:
+            shutil.rmtree(self.scratch)
