@@ -55,7 +55,9 @@ def build(command: list[str], library: Path) -> None:
     levels = LEVELS if platform.machine() in ("x86_64", "AMD64") else {"base": LEVELS["base"]}
     extra = shlex.split(os.environ.get("CXXFLAGS", "")) + shlex.split(os.environ.get("ARCHFLAGS", ""))
     with tempfile.TemporaryDirectory(dir=library.parent) as scratch:
-        jobs = {f"{scratch}/{name}.o": ["rows.cc", f"-DJAXENT_LEVEL={name}", *flags] for name, flags in levels.items()}
+        jobs = {
+            f"{scratch}/{name}.o": ["rows.cc", f"-DJAXENT_LEVEL={name}", *flags] for name, flags in levels.items()
+        }
         jobs[f"{scratch}/ffi.o"] = ["ffi.cc", "-isystem", str(include)]
 
         def compile(job: tuple[str, list[str]]) -> None:

@@ -1,9 +1,9 @@
 """`python -m jaxent`: versions, devices, and who computes on each platform and why."""
 
 import platform
+from importlib.metadata import version
 
 import jax
-import jaxlib
 
 from . import __version__
 from ._kernels import MACHINES, native
@@ -11,7 +11,10 @@ from ._kernels import MACHINES, native
 
 def main() -> None:
     """Print them."""
-    print(f"jaxent {__version__}, jax {jax.__version__}, jaxlib {jaxlib.__version__}, Python {platform.python_version()}")
+    versions = {"jaxent": __version__, "jax": jax.__version__, "jaxlib": version("jaxlib")}
+    print(
+        ", ".join(f"{name} {number}" for name, number in versions.items()) + f", Python {platform.python_version()}"
+    )
     for device in jax.devices():
         print(f"device {device.id}: {device.platform}, {device.device_kind}")
     why_not = native.unavailable()

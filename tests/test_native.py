@@ -20,9 +20,9 @@ pytestmark = pytest.mark.skipif(native.unavailable() is not None, reason=str(nat
 
 # Around the width of a vector, blocks, tiles and pieces; classes last, first and between.
 SHAPES = [
-    ((4, 10), 1), ((65, 10), 1), ((7, 1), 1), ((5, 16), 1), ((9, 17), 1), ((3, 100), 1), ((40, 1000), 1), ((33, 2048), 1),
-    ((3, 2049), 1), ((2, 5000), 1), ((2, 70_001), 1), ((2, 7, 5), 1), ((2, 33, 70), 1), ((2, 200, 3), 1), ((300, 4), 0),
-    ((4, 3, 5), 2), ((6,), 0), ((0, 5), 1), ((3, 0), 1),
+    ((4, 10), 1), ((65, 10), 1), ((7, 1), 1), ((5, 16), 1), ((9, 17), 1), ((3, 100), 1), ((40, 1000), 1),
+    ((33, 2048), 1), ((3, 2049), 1), ((2, 5000), 1), ((2, 70_001), 1), ((2, 7, 5), 1), ((2, 33, 70), 1),
+    ((2, 200, 3), 1), ((300, 4), 0), ((4, 3, 5), 2), ((6,), 0), ((0, 5), 1), ((3, 0), 1),
 ]  # fmt: skip
 DTYPES = ["float32", "bfloat16", "float16"]
 ULP = {"float32": 2.0**-23, "bfloat16": 2.0**-8, "float16": 2.0**-11}
@@ -207,7 +207,8 @@ CROWD = """
     def nested(x):
         def step(carry, _):
             carry = jax.vmap(jax.vmap(jaxent.softmax))(carry.reshape(8, 8, 3000)).reshape(x.shape)
-            return jax.lax.while_loop(lambda s: s[0] < 3, lambda s: (s[0] + 1, jaxent.softmax(s[1])), (0, carry))[1], None
+            again = lambda s: (s[0] + 1, jaxent.softmax(s[1]))
+            return jax.lax.while_loop(lambda s: s[0] < 3, again, (0, carry))[1], None
         return jax.lax.scan(step, x, None, length=5)[0]
 
     assert np.isfinite(np.asarray(nested(x))).all()

@@ -2,7 +2,7 @@
 
 `xla.py` has the plain form of each. A machine's file beside it, named in `MACHINES`, has functions of the same names
 and arguments for what it does better, and says in `refusal` which arguments it does not take; one that wants to see
-what its arguments are made of has a lowering rule of its own, `lower`. Nothing here knows of derivatives, of what
+what its arguments are made of has a lowering rule of its own, in `LOWERING`. Nothing here knows of derivatives, of what
 labels mean, of weights or of reductions.
 """
 
@@ -59,17 +59,11 @@ def _row_function(plain: Callable[..., Any], *, from_rows: bool = False) -> Any:
         return out, [0] * len(out)
 
     def lower(context: mlir.LoweringRuleContext, *arrays: Any, **options: Any) -> Any:
-        kernel = _kernel(context, plain.__name__, **options)
-        if kernel is None:
+        rule = _rule(context, plain.__name__, **options)
+        if rule is None:
             return mlir.lower_fun(form)(context, *arrays, **options)
         del options["implementation"]
-        if hasattr(kernel, "lower"):
-            return kernel.lower(context, *arrays, **options)
-
-        def served(*arrays: Any) -> tuple[Any, ...]:
-            return as_tuple(kernel(*arrays, **options))
-
-        return mlir.lower_fun(served)(context, *arrays)
+        return rule(context, *arrays, **options)
 
     def taylor(primals: Any, series: Any, **options: Any) -> Any:
         return jet.jet(partial(form, **options), primals, series, factorial_scaled=False)
@@ -77,7 +71,9 @@ def _row_function(plain: Callable[..., Any], *, from_rows: bool = False) -> Any:
     primitive.def_impl(form)
     primitive.def_abstract_eval(abstract)
     batching.primitive_batchers[primitive] = batched
-    mlir.register_lowering(primitive, lower, cacheable=False)  # a cached rule cannot see where its arguments come from
+    mlir.register_lowering(
+        primitive, lower, cacheable=False
+    )  # a cached rule cannot see where its arguments come from
     jet.jet_rules[primitive] = taylor
 
     def defjvp(rule: Callable[..., Any]) -> Callable[..., Any]:
@@ -134,10 +130,10 @@ def _on_each_device(run: Callable[..., Any], arrays: tuple[Any, ...], axis: Clas
     )
 
 
-def _kernel(
+def _rule(
     context: mlir.LoweringRuleContext, name: str, *, implementation: str | None, axis: ClassAxis, **options: Any
 ) -> Callable[..., Any] | None:
-    """The machine's own function, or None where the plain form serves."""
+    """The lowering rule of the machine's own function, or None where the plain form serves."""
     if implementation == "xla":
         return None
     platforms = context.platforms or context.module_context.platforms
@@ -148,10 +144,17 @@ def _kernel(
         module = importlib.import_module(machine.module)
         why_not = _not_here(context, axis) or module.refusal(name, *context.avals_in, axis=axis, **options)
     if why_not is None:
-        return getattr(module, name)
+        return getattr(module, "LOWERING", {}).get(name) or partial(_lower, getattr(module, name))
     if implementation is not None:
         raise ValueError(f"implementation={implementation!r} cannot serve {name} here: {why_not}")
     return None
+
+
+def _lower(kernel: Callable[..., Any], context: mlir.LoweringRuleContext, *arrays: Any, **options: Any) -> Any:
+    def served(*arrays: Any) -> tuple[Any, ...]:
+        return as_tuple(kernel(*arrays, **options))
+
+    return mlir.lower_fun(served)(context, *arrays)
 
 
 def _not_here(context: mlir.LoweringRuleContext, axis: ClassAxis) -> str | None:

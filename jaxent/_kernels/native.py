@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import ShapedArray
 from jax.interpreters import mlir
 from jax.typing import DTypeLike
 
@@ -20,7 +21,6 @@ from .._class_axis import ClassAxis
 
 TARGET = "jaxent_rows"
 LIBRARY = Path(__file__).parent / "native" / "libjaxent.so"
-
 
 
 @functools.cache
@@ -131,8 +131,7 @@ def _lower_pullback(context: mlir.LoweringRuleContext, x: Any, g: Any, *, axis: 
     return _lower(context, gradient, x, *made_of)
 
 
-pick.lower = _lower_pick
-log_softmax_pullback.lower = _lower_pullback
+LOWERING = {"pick": _lower_pick, "log_softmax_pullback": _lower_pullback}
 
 
 def _made_of(function: str, value: Any, axis: ClassAxis) -> tuple[Any, ...] | None:
@@ -156,5 +155,5 @@ _DTYPES_OF_MLIR = {"f32": jnp.float32, "bf16": jnp.bfloat16, "f16": jnp.float16,
 
 def _lower(context: mlir.LoweringRuleContext, function: Callable[..., jax.Array], *values: Any) -> Any:
     """`function` of values that may be others than the rule was called with."""
-    avals = [jax.core.ShapedArray(v.type.shape, _DTYPES_OF_MLIR[str(v.type.element_type)]) for v in values]
+    avals = [ShapedArray(v.type.shape, _DTYPES_OF_MLIR[str(v.type.element_type)]) for v in values]
     return mlir.lower_fun(function, multiple_results=False)(context.replace(avals_in=avals), *values)

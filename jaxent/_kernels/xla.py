@@ -107,7 +107,10 @@ def expected_loss_and_gradient(
 
 
 def pick(log_p: Logits, y: Integer[Array, "..."], *, axis: ClassAxis) -> Row:
-    r"""$-\log p_y$ of rows whose log-probabilities are given, for labels as in `label_loss`; 0 if y is in another part."""
+    r"""$-\log p_y$ of rows whose log-probabilities are given, for labels as in `label_loss`.
+
+    It is 0 where y is not among this device's classes.
+    """
     entry = jnp.sum(jnp.where(axis.one_hot(y, log_p), wide(log_p), 0.0), axis.index)
     return jnp.where(y < axis.size(log_p), -entry, jnp.nan)
 

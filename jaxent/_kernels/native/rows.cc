@@ -291,9 +291,10 @@ void write(const Call& call, int64_t row, int64_t begin, int64_t end, const Coef
       std::fill(out, out + n, 0.0f);
     else
       write_block<f>(floats(call.x, call.x_type, offset, n, x), tangents, out, n, c);
-    if (is_label(f) && !c.none[0] && start <= call.label[row] &&
-        call.label[row] < start + n)
-      out[call.label[row] - start] = c.at_label[0];
+    if constexpr (is_label(f)) {
+      const int64_t label = call.label[row] - start;
+      if (0 <= label && label < n) out[label] = c.at_label[0];
+    }
     if (out == scratch) narrow(call.out_type, scratch, to, n);
   }
 }
@@ -387,7 +388,8 @@ constexpr int64_t kTogether = 8 * kBlock;
 template <Function f>
 void along_short(const Call& call, int64_t begin, int64_t end) {
   alignas(64) float x_scratch[kTogether], t_scratch[kTogether], e[kTogether];
-  const int64_t classes = call.classes, whole = classes - classes % W, group = std::min<int64_t>(kTogether / classes, W);
+  const int64_t classes = call.classes, whole = classes - classes % W;
+  const int64_t group = std::min<int64_t>(kTogether / classes, W);
   const I rest = iota() >= (int)(W - classes % W);  // of the last vector, which overlaps the one before
   for (int64_t first = begin; first < end; first += group) {
     const int64_t n = std::min(group, end - first);
@@ -566,7 +568,7 @@ void across(const Call& call, int64_t first, int64_t n) {
       raise<f>(states[j], s.m);
       for (int64_t k = 0; k < some; k++) {
         const V t_k = is_label(f) ? all(1.0f) : has_tangents(f) ? at(t, k, j) : V{};
-        const I is_label_k = rows[j].label == (int)(start + k);
+        const I is_label_k = is_label(f) ? rows[j].label == (int)(start + k) : I{};
         const V e = add<f, true>(s, at(x, k, j), t_k, is_label_k);
         if constexpr (is_label(f)) rows[j].of_label = is_label_k ? at(x, k, j) : rows[j].of_label;
         if (writes(f) && f != Function::log_softmax) store(x.entries[k] + j * W, e);  // of an only block, it is final

@@ -56,7 +56,7 @@ inline V exp(V x) {
   q = q * r + 1.666652e-1f;
   q = q * r + 4.9999993e-1f;
   const V e = q * (r * r) + r + 1.0f;
-  const V scale = from_bits((I)((U)bits(shifted) << 23) + 0x3f800000);
+  const V scale = from_bits((I)(((U)bits(shifted) << 23) + 0x3f800000));
   return x < -87.33654f ? V{} : e * scale;  // e is NaN where x is, and stays so
 }
 
