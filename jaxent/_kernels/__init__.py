@@ -2,8 +2,8 @@
 
 `xla.py` has the plain form of each. A machine's file beside it, named in `MACHINES`, has functions of the same names
 and arguments for what it does better, and says in `refusal` which arguments it does not take; one that wants to see
-what its arguments are made of has a lowering rule of its own, in `LOWERING`. Nothing here knows of derivatives, of what
-labels mean, of weights or of reductions.
+what its arguments are made of has a lowering rule of its own, in `LOWERING`. Nothing here knows of derivatives, of
+what labels mean, of weights or of reductions.
 """
 
 import importlib
