@@ -245,7 +245,7 @@ def speed(args: argparse.Namespace) -> None:
             + " ".join(ratios),
             flush=True,
         )
-    print("\n" + summary(rows))
+    print("\n" + summary(rows) + "\n" + tables(rows))
     if args.json:
         compiling = [p.compile_seconds for p in prepared]
         content = [
@@ -279,6 +279,23 @@ def summary(rows: list[tuple[Cell, Measured]]) -> str:
         at = f"{best_jax(worst):.2f} ({cell.work}, {cell.dtype}, {cell.shape})"
         columns = [job, users, *torches, mean(best_jax(m) for _, m in of_job), at]
         lines.append("| " + " | ".join(c if isinstance(c, str) else f"{c:.2f}" for c in columns) + " |")
+    return "\n".join(lines)
+
+
+def tables(rows: list[tuple[Cell, Measured]]) -> str:
+    """How many times jaxent's time the fastest JAX peer takes, a Markdown table for each kind of work and dtype."""
+    ratio = {cell: best_jax(measured) for cell, measured in rows}
+    shapes = sorted({cell.shape for cell in ratio}, key=SHAPES.index)
+    lines: list[str] = []
+    for work, dtype in sorted(
+        {(cell.work, cell.dtype) for cell in ratio}, key=lambda kind: (kind[1] != "float32", kind)
+    ):
+        lines += ["", f"| {work}, {dtype} | " + " | ".join(f"{n}×{c}" for n, c in shapes) + " |"]
+        lines.append("|---|" + "---:|" * len(shapes))
+        for job in JOBS:
+            found = [ratio.get(Cell(job, work, dtype, shape)) for shape in shapes]
+            if any(found):
+                lines.append(f"| {job} | " + " | ".join("" if x is None else f"{x:.2f}" for x in found) + " |")
     return "\n".join(lines)
 
 
