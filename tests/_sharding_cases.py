@@ -17,6 +17,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jaxent
+from jaxent._kernels import native
 
 SIZES = {"n": 16, "c": 32, "l": 3, "d": 12}  # tokens, classes, and two axes that are never sharded
 
@@ -490,3 +491,21 @@ def test_who_gets_a_kernel(served, name, way, layout, rows):
     assert len(whole) + len(parts) == len(served)  # those of `unsharded`, if it was not there before
     assert {kernel for kernel, _ in parts} == (names[name] if rows else set()), served
     assert {shape for _, shape in parts} == ({(rows, SIZES["c"])} if rows else set())
+
+
+@pytest.mark.skipif(native.unavailable() is not None, reason=str(native.unavailable()))
+@pytest.mark.parametrize("inside_first", [True, False])
+def test_a_kernel_of_one_device_serves_nobody_else_in_the_program(inside_first):
+    """Of equations with equal arguments, one inside shard_map, JAX might lower both as it did the first."""
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+    inside = jax.shard_map(jaxent.softmax, mesh=mesh, in_specs=P("data"), out_specs=P("data"))
+
+    def both(x, part):
+        return (inside(x), jaxent.softmax(part)) if inside_first else (jaxent.softmax(part), inside(x))
+
+    x, part = jnp.zeros((64, 5)), jnp.ones((8, 5))  # eight rows on each device
+    x, part = jax.device_put((x, part), NamedSharding(mesh, P("data")))
+    text = jax.jit(both).lower(x, part).as_text()
+    assert text.count("@jaxent_rows") == 1
+    compiled = jax.jit(both).lower(x, part).compile().as_text()
+    assert "all-gather" not in compiled

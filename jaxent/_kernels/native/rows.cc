@@ -486,9 +486,10 @@ void in_pieces(const Call& call, int64_t row_index, Threads& threads) {
     }, &data);
 }
 
-// Rows along the lanes: they are too short for vectors, or their entries do not lie side by side.
+// Rows along the lanes: they are short, or their entries do not lie side by side.
 
 constexpr int kClasses = 64;  // in a tile, up to twice as many in the last
+constexpr int kFew = 24;      // classes that are better off so, where nothing has to be turned back
 
 template <int lanes>
 struct Tile {
@@ -505,19 +506,21 @@ void read_tile(Tile<lanes>& tile, const Call& call, const char* p, Type type, in
     if (n < lanes) std::memset(tile.entries, 0, classes * sizeof tile.entries[0]);
     for (int64_t k = 0; k < classes; k++) widen(type, p + k * call.inner * size, tile.entries[k], n);
   } else {
-    // Rows of less than W classes lie side by side. A vector has the next one's first classes too.
-    float scratch[W * W + W];
+    // Rows of few classes lie side by side, so that a vector may have the next one's first classes too.
+    float scratch[W * kFew + W];
     const float* from = scratch;
-    V rows[W];
     if (type == Type::f32 && (call.outer - first) * classes >= W * classes + W) {
       from = (const float*)p;
     } else {
-      std::memset(scratch + n * classes, 0, (W - n) * classes * sizeof(float) + W * sizeof(float));
+      std::memset(scratch + n * classes, 0, ((W - n) * classes + W) * sizeof(float));
       widen(type, p, scratch, n * classes);
     }
-    for (int r = 0; r < W; r++) rows[r] = load(from + r * classes);
-    transpose(rows);
-    for (int64_t k = 0; k < classes; k++) store(tile.entries[k], rows[k]);
+    for (int64_t some = 0; some < classes; some += W) {
+      V rows[W];
+      for (int r = 0; r < W; r++) rows[r] = load(from + r * classes + some);
+      transpose(rows);
+      for (int64_t k = some; k < std::min<int64_t>(classes, some + W); k++) store(tile.entries[k], rows[k - some]);
+    }
   }
 }
 
@@ -528,11 +531,15 @@ void write_tile(const Tile<lanes>& tile, const Call& call, int64_t first, int64_
   if constexpr (lanes > W) {
     for (int64_t k = 0; k < classes; k++) narrow(call.out_type, tile.entries[k], p + k * call.inner * size, n);
   } else {
-    float scratch[W * W + W];
-    V rows[W];
-    for (int k = 0; k < W; k++) rows[k] = k < classes ? load(tile.entries[k]) : V{};
-    transpose(rows);
-    for (int64_t r = 0; r < n; r++) store(scratch + r * classes, rows[r]);  // the next row overwrites what is too much
+    float scratch[W * kFew + W];
+    V rows[(kFew + W - 1) / W][W];
+    for (int64_t k = 0; k < classes; k += W) {
+      V(&some)[W] = rows[k / W];
+      for (int j = 0; j < W; j++) some[j] = k + j < classes ? load(tile.entries[k + j]) : V{};
+      transpose(some);
+    }
+    for (int64_t r = 0; r < n; r++)  // the next row overwrites what is too much
+      for (int64_t k = 0; k < classes; k += W) store(scratch + r * classes + k, rows[k / W][r]);
     narrow(call.out_type, scratch, p, n * classes);
   }
 }
@@ -620,7 +627,7 @@ template <Function f>
 void run(const Call& call, Threads& threads) {
   const int64_t rows = call.outer * call.inner, classes = call.classes;
   if (call.inner > 1) return across_tasks<f, 64>(call, call.outer, call.inner, threads);
-  if (classes < W) return across_tasks<f, W>(call, 1, rows, threads);
+  if (classes <= (writes(f) ? 15 : kFew)) return across_tasks<f, W>(call, 1, rows, threads);
   if (rows <= 16 && classes >= 2 * kPiece) {
     for (int64_t r = 0; r < rows; r++) in_pieces<f>(call, r, threads);
     return;
