@@ -5,6 +5,7 @@ say otherwise: JAXENT_NATIVE=no compiles nothing, JAXENT_NATIVE=yes makes it an 
 names the compiler, and CXXFLAGS are added to its flags.
 """
 
+import hashlib
 import os
 import platform
 import shlex
@@ -40,11 +41,21 @@ def compiler() -> list[str] | None:
     return next((shlex.split(name) for name in names if shutil.which(shlex.split(name)[0])), None)
 
 
-def headers() -> str:
-    """jaxlib, which has XLA's headers for foreign functions, in the oldest version that is supported."""
+def headers() -> list[str]:
+    """jaxlib, which has XLA's headers for foreign functions, in the oldest version that is supported.
+
+    A library that is compiled with older headers runs with newer ones. Pythons of the future have none so old.
+    """
     with open("pyproject.toml", "rb") as file:
         dependencies = tomllib.load(file)["project"]["dependencies"]
-    return next(d.replace("jax>=", "jaxlib==") for d in dependencies if d.startswith("jax>="))
+    oldest = next(d.removeprefix("jax>=") for d in dependencies if d.startswith("jax>="))
+    return [f"jaxlib=={oldest}; python_version < '3.15'", f"jaxlib>={oldest}; python_version >= '3.15'"]
+
+
+def source_hash() -> str:
+    """Of all source files, as _kernels/native.py computes it."""
+    files = sorted([*SOURCES.glob("*.cc"), *SOURCES.glob("*.h")])
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
 
 
 def build(command: list[str], library: Path) -> None:
@@ -55,10 +66,10 @@ def build(command: list[str], library: Path) -> None:
     levels = LEVELS if platform.machine() in ("x86_64", "AMD64") else {"base": LEVELS["base"]}
     extra = shlex.split(os.environ.get("CXXFLAGS", "")) + shlex.split(os.environ.get("ARCHFLAGS", ""))
     with tempfile.TemporaryDirectory(dir=library.parent) as scratch:
-        jobs = {
-            f"{scratch}/{name}.o": ["rows.cc", f"-DJAXENT_LEVEL={name}", *flags] for name, flags in levels.items()
-        }
-        jobs[f"{scratch}/ffi.o"] = ["ffi.cc", "-isystem", str(include)]
+        # Of an inline function that several have, the linker takes the first: newer instructions come last.
+        jobs = {f"{scratch}/ffi.o": ["ffi.cc", f'-DJAXENT_SOURCES="{source_hash()}"', "-isystem", str(include)]}
+        for name, flags in levels.items():
+            jobs[f"{scratch}/{name}.o"] = ["rows.cc", f"-DJAXENT_LEVEL={name}", *flags]
 
         def compile(job: tuple[str, list[str]]) -> None:
             (to, (source, *flags)) = job
@@ -66,7 +77,9 @@ def build(command: list[str], library: Path) -> None:
 
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             list(pool.map(compile, jobs.items()))
-        runtime = ["-static-libstdc++", "-static-libgcc", "-Wl,-s"] if sys.platform == "linux" else []
+        runtime = (
+            ["-static-libstdc++", "-static-libgcc", "-Wl,--exclude-libs,ALL,-s"] if sys.platform == "linux" else []
+        )
         run([*command, *extra, "-shared", *jobs, *runtime, "-o", f"{scratch}/library"])
         os.replace(f"{scratch}/library", library)
 
@@ -83,7 +96,7 @@ class NativeKernels(BuildHookInterface):
 
     def dependencies(self) -> list[str]:
         """What compiling needs."""
-        return [headers()] if self.target_name == "wheel" and compiler() else []
+        return headers() if self.target_name == "wheel" and compiler() else []
 
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
         """Called before files are collected."""
@@ -102,7 +115,7 @@ class NativeKernels(BuildHookInterface):
             return
         try:
             build(command, library)
-        except (OSError, RuntimeError) as error:
+        except (ImportError, OSError, RuntimeError) as error:
             if required:
                 raise
             self.app.display_warning(f"jaxent is installed without its kernels for CPUs: {error}")

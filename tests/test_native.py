@@ -77,6 +77,35 @@ def test_it_computes_what_the_plain_form_does(shape, index, dtype, special):
                 np.testing.assert_allclose(g, w, rtol=16 * ulp, atol=8 * max(ulp, 2.0**-23) * scale, err_msg=name)
 
 
+@pytest.mark.parametrize("classes", [10, 20, 129, 513, 1025, 2049, 5000, 70_001])
+@pytest.mark.parametrize("axis", [0, 1])
+def test_the_label_counts_once_wherever_it_is(classes, axis):
+    """Largest of its lane, block or piece, but not of the row; the largest; tied with it; out of sight."""
+    places = sorted({0, 1, 7, 16, classes // 3, classes // 2, classes - 2, classes - 1} & set(range(classes)))
+    rows = [(y, m, value) for y in places for m in places for value in (2.0, 3.0, 4.0, -50.0)]
+    x = np.random.default_rng(0).uniform(-9.0, -5.0, (len(rows), classes)).astype(np.float32)
+    for row, (y, m, value) in zip(x, rows, strict=True):
+        row[m], row[y] = 3.0, value
+    labels = np.array([y for y, _, _ in rows])
+    wide = np.float64(x)
+    e = np.exp(wide - wide.max(1, keepdims=True))
+    p = e / e.sum(1, keepdims=True)
+    want = np.log(e.sum(1)) + wide.max(1) - wide[np.arange(len(rows)), labels]
+    p[np.arange(len(rows)), labels] -= 1.0
+    turn = (lambda a: jnp.asarray(a)) if axis else (lambda a: jnp.asarray(a.T))
+    f = functools.partial(jaxent.cross_entropy, axis=axis, implementation="native")
+    np.testing.assert_allclose(f(turn(x), labels, reduction="none"), want, rtol=2e-6, atol=1e-6)
+    gradient = jax.grad(functools.partial(f, reduction="sum"))(turn(x), labels)
+    np.testing.assert_allclose(gradient if axis else gradient.T, p, rtol=1e-5, atol=1e-6)
+
+
+def test_numbers_whose_difference_is_subnormal():
+    x = jnp.asarray([[1.2e-38, 1.3e-38]])
+    loss, gradient = jax.value_and_grad(jaxent.cross_entropy)(x, jnp.array([0]))
+    np.testing.assert_allclose(loss, np.log(2.0), rtol=1e-6)
+    np.testing.assert_allclose(gradient, [[-0.5, 0.5]], rtol=1e-6)
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_every_half_precision_number_is_read_and_written_right(dtype):
     every = np.arange(2**16, dtype=np.uint16).view(ml_dtypes.bfloat16 if dtype == "bfloat16" else np.float16)

@@ -5,6 +5,7 @@ The library stands beside this file if a C++ compiler was found when the package
 
 import ctypes
 import functools
+import hashlib
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -30,9 +31,14 @@ def unavailable() -> str | None:
         return "no C++ compiler was found, or none that works, when jaxent was installed"
     try:
         library = ctypes.CDLL(str(LIBRARY))
-    except OSError as error:
+        library.jaxent_sources.restype = ctypes.c_char_p
+        compiled_from = library.jaxent_sources().decode()
+        sources = sorted([*LIBRARY.parent.glob("*.cc"), *LIBRARY.parent.glob("*.h")])  # in an editable installation
+        if sources and hashlib.sha256(b"".join(file.read_bytes() for file in sources)).hexdigest() != compiled_from:
+            return "its library was compiled from other sources than are there: install jaxent again"
+        jax.ffi.register_ffi_target(TARGET, jax.ffi.pycapsule(library.jaxent_rows), platform="cpu")
+    except Exception as error:  # whatever an alien library may do, XLA computes
         return f"its library does not load: {error}"
-    jax.ffi.register_ffi_target(TARGET, jax.ffi.pycapsule(library.jaxent_rows), platform="cpu")
     return None
 
 

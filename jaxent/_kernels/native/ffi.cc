@@ -226,4 +226,5 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxent_rows, call,
                                   .Attr<std::string_view>("function")
                                   .Attr<int64_t>("axis"));
 extern "C" const char* jaxent_level() { return level().name; }
+extern "C" const char* jaxent_sources() { return JAXENT_SOURCES; }  // a hash: is this library compiled from them?
 #pragma GCC visibility pop

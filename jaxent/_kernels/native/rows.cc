@@ -36,7 +36,7 @@ constexpr bool writes(Function f) { return f != Function::label_loss && f != Fun
 // them would be rounded away.
 struct State {
   V m = all(kLowest);  // the largest logit
-  V ties = {};         // how often it occurs
+  V ties = {};         // how often it occurs; of a label's loss without the label
   V others = {};       // of exp(x - m) of the others; of a label's loss without the label
   V at_largest = {};   // of t of the largest
   V at_others = {};    // of t of the others, for derivatives times exp(x - m)
@@ -75,7 +75,8 @@ inline V add(State& s, V x, V t, I excluded) {
   const V d = x - s.m, e = exp(d);
   const I largest = x == s.m;
   const I apart = excluding && is_label(f) ? largest | excluded : largest;
-  s.ties = largest ? s.ties + 1.0f : s.ties;
+  const I tie = excluding && is_label(f) ? largest & ~excluded : largest;
+  s.ties = tie ? s.ties + 1.0f : s.ties;
   s.others = apart ? s.others : s.others + e;
   if constexpr (has_tangents(f)) {
     s.at_largest = largest ? s.at_largest + t : s.at_largest;
@@ -152,7 +153,7 @@ inline Coefficients finish(const State& s, Row& rows, float classes) {
   c.m = s.m;
   c.none = I{};
   if constexpr (is_label(f)) {
-    const V gap = rows.of_label - s.m, of_label = exp(gap), others = (gap == 0.0f ? s.ties - 1.0f : s.ties) + s.others;
+    const V gap = rows.of_label - s.m, of_label = exp(gap), others = s.ties + s.others;
     const V total = known(s.m, others + of_label);
     const V log_total = log(total, gap == 0.0f ? others - (total - 1.0f) : V{});
     const V loss = log_total - gap, uniform = log_total + s.gaps / classes, lse = s.m + log_total;
@@ -188,9 +189,9 @@ inline Coefficients finish(const State& s, Row& rows, float classes) {
   if constexpr (is_expected(f)) {
     rows.results[0] = classes == 0.0f ? V{} : s.gaps + mass * log_total();
     if constexpr (!writes(f)) return c;
+    c.a = mass / total;
+    c.b = s.at_others - mass * s.others / total;
     c.c = rows.factors[0];
-    c.a = c.c * (mass / total);
-    c.b = c.c * (s.at_others - mass * s.others / total);
     c.none = c.c == 0.0f;
   }
   return c;
@@ -205,7 +206,7 @@ inline V entry(V e, V t, const Coefficients& c) {
   if constexpr (f == Function::log_softmax_derivative) return (e > c.threshold ? V{} : t - c.b) - c.c;
   if constexpr (f == Function::log_softmax_pullback) return e > c.threshold ? c.b : t - e * c.a;
   if constexpr (is_label(f)) return e * c.a - c.b;
-  if constexpr (is_expected(f)) return e > c.threshold ? c.b : e * c.a - c.c * t;
+  if constexpr (is_expected(f)) return c.c * (e > c.threshold ? c.b : e * c.a - t);
 }
 
 // Classes along the lanes. They lie side by side and are at least W.
@@ -369,7 +370,9 @@ Coefficients finish_long(const Call& call, State s, int64_t r) {
   raise<f>(s, all(largest_of_each(lanes)[0]));
   Joined<f> rows;
   for (int k = 0; k < W; k++) rows.put(k, s);
-  return row(finish_rows<f>(call, rows.join(s.m), r, 1), 0);
+  const Coefficients c = finish_rows<f>(call, rows.join(s.m), r, 1);
+  if constexpr (!writes(f)) return c;
+  return row(c, 0);
 }
 
 template <Function f>
@@ -635,7 +638,7 @@ void run(const Call& call, Threads& threads) {
   struct Data {
     const Call& call;
     int64_t size;  // rows in a task
-  } data{call, std::max<int64_t>(1, kTask / classes / W * W)};
+  } data{call, kTask / classes < W ? std::max<int64_t>(1, kTask / classes) : kTask / classes / W * W};
   threads.run((rows + data.size - 1) / data.size, [](const void* p, int64_t i) {
     const Data& d = *(const Data*)p;
     const int64_t begin = i * d.size, end = std::min(d.call.outer, begin + d.size);
