@@ -168,7 +168,7 @@ def moved(stored: Figures, measured: Figures) -> list[str]:
     for name in stored.keys() & measured.keys():
         for figure, was in stored[name].items():
             now = measured[name][figure]
-            if abs(now - was) > (0 if figure in COUNTS else TOLERANCE * was):
+            if abs(now - was) > (0 if figure in COUNTS else TOLERANCE * abs(was)):  # what XLA does not know is -1
                 lines.append(f"{name}: {figure} {was:,.0f} -> {now:,.0f}")
     return sorted(lines)
 
