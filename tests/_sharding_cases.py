@@ -493,7 +493,6 @@ def test_who_gets_a_kernel(served, name, way, layout, rows):
     assert {shape for _, shape in parts} == ({(rows, SIZES["c"])} if rows else set())
 
 
-@pytest.mark.skipif(native.unavailable() is not None, reason=str(native.unavailable()))
 @pytest.mark.parametrize("inside_first", [True, False])
 def test_a_kernel_of_one_device_serves_nobody_else_in_the_program(inside_first):
     """Of equations with equal arguments, one inside shard_map, JAX might lower both as it did the first."""
@@ -506,6 +505,6 @@ def test_a_kernel_of_one_device_serves_nobody_else_in_the_program(inside_first):
     x, part = jnp.zeros((64, 5)), jnp.ones((8, 5))  # eight rows on each device
     x, part = jax.device_put((x, part), NamedSharding(mesh, P("data")))
     text = jax.jit(both).lower(x, part).as_text()
-    assert text.count("@jaxent_rows") == 1
+    assert text.count("@jaxent_rows") == (0 if native.unavailable() else 1)
     compiled = jax.jit(both).lower(x, part).compile().as_text()
     assert "all-gather" not in compiled
