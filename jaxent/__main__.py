@@ -27,4 +27,5 @@ def main() -> None:
             print(f'on {name}: "xla", XLA from plain JAX: {why_not}')
 
 
-main()
+if __name__ == "__main__":
+    main()

@@ -111,7 +111,7 @@ def test_every_half_precision_number_is_read_and_written_right(dtype):
     every = np.arange(2**16, dtype=np.uint16).view(ml_dtypes.bfloat16 if dtype == "bfloat16" else np.float16)
     with np.errstate(invalid="ignore"):
         x = jnp.asarray(every[np.isfinite(every)])[:, None]
-    # Of one class the pullback is 0 times g, but of two where the other is impossible, it is g - p g with p = 1 or 0.
+    # Of an impossible class the logarithm's derivative is its tangent less that of the certain one, which is 0 here.
     logits = jnp.concatenate([jnp.zeros_like(x), jnp.full_like(x, -jnp.inf)], 1)
     got = native.log_softmax_derivative(logits, jnp.concatenate([0 * x, x], 1), axis=ClassAxis(1), dtype=x.dtype)[0]
     np.testing.assert_array_equal(np.float64(got)[:, 1], _without_subnormal_ones(np.float64(x)[:, 0]))

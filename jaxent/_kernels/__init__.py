@@ -39,8 +39,8 @@ def implementations() -> tuple[str, ...]:
     return ("xla", *sorted({machine.implementation for machine in MACHINES.values()}))
 
 
-def _row_function(plain: Callable[..., Any], *, from_rows: bool = False) -> Any:
-    """`plain` as a primitive. Logits come first, then arrays of their shape or of their rows' shape, or rows only."""
+def _row_function(plain: Callable[..., Any]) -> Any:
+    """`plain` as a primitive, of logits and arrays of their shape or of their rows' shape, or of rows only."""
     primitive = Primitive(f"jaxent_{plain.__name__}")
     primitive.multiple_results = True
 
@@ -71,9 +71,8 @@ def _row_function(plain: Callable[..., Any], *, from_rows: bool = False) -> Any:
     primitive.def_impl(form)
     primitive.def_abstract_eval(abstract)
     batching.primitive_batchers[primitive] = batched
-    mlir.register_lowering(
-        primitive, lower, cacheable=False
-    )  # a cached rule cannot see where its arguments come from
+    # JAX lowers what it caches apart, where a rule cannot see what its arguments are made of.
+    mlir.register_lowering(primitive, lower, cacheable=False)
     jet.jet_rules[primitive] = taylor
 
     def defjvp(rule: Callable[..., Any]) -> Callable[..., Any]:
@@ -92,7 +91,7 @@ def _row_function(plain: Callable[..., Any], *, from_rows: bool = False) -> Any:
     @wraps(plain)
     def bound(*arrays: Any, implementation: str | None = None, **options: Any) -> Any:
         run = partial(primitive.bind, implementation=implementation, **options)
-        if MACHINES and implementation != "xla" and not from_rows:
+        if MACHINES and implementation != "xla":
             run = _on_each_device(run, arrays, options["axis"])
         out = run(*arrays)
         return out[0] if len(out) == 1 else tuple(out)
@@ -119,11 +118,17 @@ def _on_each_device(run: Callable[..., Any], arrays: tuple[Any, ...], axis: Clas
     sharding = jax.typeof(arrays[0]).sharding
     kinds = zip(sharding.mesh.axis_names, sharding.mesh.axis_types, strict=True)
     explicit = {name for name, kind in kinds if kind == AxisType.Explicit}
-    rows = (*sharding.spec[: axis.index], *sharding.spec[axis.index + 1 :])
-    if not explicit or not any(rows) or sharding.spec[axis.index] is not None:
+    if not explicit or not any(sharding.spec):
         return run
-    specs = [sharding.spec if x.ndim == arrays[0].ndim else PartitionSpec(*rows) for x in arrays]
-    out = [sharding.spec if x.ndim == arrays[0].ndim else PartitionSpec(*rows) for x in jax.eval_shape(run, *arrays)]
+    results = jax.eval_shape(run, *arrays)
+    rank = max(x.ndim for x in (*arrays, *results))  # that of logits
+    rows, classes = list(sharding.spec), None
+    if len(rows) == rank:
+        classes = rows.pop(axis.index)
+    if classes is not None or not any(rows):
+        return run
+    whole = (*rows[: axis.index], None, *rows[axis.index :])
+    specs, out = ([PartitionSpec(*(whole if x.ndim == rank else rows)) for x in some] for some in (arrays, results))
     mapped = jax.shard_map(run, mesh=sharding.mesh, in_specs=tuple(specs), out_specs=out, axis_names=explicit)
     return lambda *arrays: mapped(
         *(jax.sharding.reshard(x, jax.NamedSharding(sharding.mesh, s)) for x, s in zip(arrays, specs, strict=True))
@@ -144,13 +149,15 @@ def _rule(
         module = importlib.import_module(machine.module)
         why_not = _not_here(context, axis) or module.refusal(name, *context.avals_in, axis=axis, **options)
     if why_not is None:
-        return getattr(module, "LOWERING", {}).get(name) or partial(_lower, getattr(module, name))
+        return getattr(module, "LOWERING", {}).get(name) or partial(lower_kernel, getattr(module, name))
     if implementation is not None:
         raise ValueError(f"implementation={implementation!r} cannot serve {name} here: {why_not}")
     return None
 
 
-def _lower(kernel: Callable[..., Any], context: mlir.LoweringRuleContext, *arrays: Any, **options: Any) -> Any:
+def lower_kernel(kernel: Callable[..., Any], context: mlir.LoweringRuleContext, *arrays: Any, **options: Any) -> Any:
+    """The lowering rule of a kernel that is traced like any function."""
+
     def served(*arrays: Any) -> tuple[Any, ...]:
         return as_tuple(kernel(*arrays, **options))
 
@@ -184,4 +191,4 @@ label_loss_and_gradient = _row_function(xla.label_loss_and_gradient)
 expected_loss = _row_function(xla.expected_loss)
 expected_loss_and_gradient = _row_function(xla.expected_loss_and_gradient)
 pick = _row_function(xla.pick)
-place = _row_function(xla.place, from_rows=True)
+place = _row_function(xla.place)

@@ -7,7 +7,6 @@ import ctypes
 import functools
 import hashlib
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from jax.interpreters import mlir
 from jax.typing import DTypeLike
 
 from .._class_axis import ClassAxis
+from . import lower_kernel
 
 TARGET = "jaxent_rows"
 LIBRARY = Path(__file__).parent / "native" / "libjaxent.so"
@@ -49,10 +49,9 @@ def level() -> str:
     return library.jaxent_level().decode()
 
 
-def refusal(_: str, x: Any, *arrays: Any, axis: ClassAxis, dtype: DTypeLike | None = None, **__: Any) -> str | None:
+def refusal(_: str, *arrays: Any, dtype: DTypeLike = jnp.float32, **__: Any) -> str | None:
     """Why that function is not computed here for such arguments."""
-    dtypes = [a.dtype for a in (x, *arrays)] + ([] if dtype is None else [dtype])
-    if any(jnp.dtype(d) == jnp.float64 for d in dtypes):
+    if jnp.float64 in (jnp.dtype(dtype), *(a.dtype for a in arrays)):
         return "it computes no float64"
     return unavailable()
 
@@ -66,7 +65,6 @@ def _row_function(name: str, results: str) -> Callable[..., Any]:
         out = tuple(row if kind == "r" else jax.ShapeDtypeStruct(shape, dtype) for kind in results)
         return _call(name, out, arrays, axis)
 
-    function.__name__ = name
     return function
 
 
@@ -88,17 +86,13 @@ softmax_derivative = _row_function("softmax_derivative", "o")
 log_softmax_derivative = _row_function("log_softmax_derivative", "o")
 label_loss = _row_function("label_loss", "rrr")
 label_loss_and_gradient = _row_function("label_loss_and_gradient", "rrro")
+log_softmax_pullback = _row_function("log_softmax_pullback", "o")
 expected_loss = _row_function("expected_loss", "r")
 expected_loss_and_gradient = _row_function("expected_loss_and_gradient", "ro")
 
 
 # PyTorch's nll_loss of log_softmax takes two passes that one can do: whoever is given the log-probabilities of labels
 # looks where they come from, and if they are ours, asks for the loss of the labels instead. The same with gradients.
-
-
-def log_softmax_pullback(x: jax.Array, g: jax.Array, *, axis: ClassAxis, dtype: DTypeLike) -> Any:
-    """See xla.py."""
-    return _call("log_softmax_pullback", (jax.ShapeDtypeStruct(x.shape, dtype),), (x, g), axis)
 
 
 def pick(log_p: jax.Array, y: jax.Array, *, axis: ClassAxis) -> Any:
@@ -117,24 +111,24 @@ def place(g: jax.Array, y: jax.Array, *, axis: ClassAxis, classes: int, dtype: D
 def _lower_pick(context: mlir.LoweringRuleContext, log_p: Any, y: Any, *, axis: ClassAxis) -> Any:
     made_of = _made_of("log_softmax", log_p, axis)
     if made_of is None:
-        return mlir.lower_fun(partial(pick, axis=axis), multiple_results=False)(context, log_p, y)
+        return lower_kernel(pick, context, log_p, y, axis=axis)
 
     def loss(x: jax.Array, y: jax.Array) -> jax.Array:
         return label_loss(x, y, axis=axis)[0]
 
-    return _lower(context, loss, made_of[0], y)
+    return _lower_of(context, loss, made_of[0], y)
 
 
 def _lower_pullback(context: mlir.LoweringRuleContext, x: Any, g: Any, *, axis: ClassAxis, dtype: DTypeLike) -> Any:
     made_of = _made_of("place", g, axis)
     if made_of is None:
-        return mlir.lower_fun(partial(log_softmax_pullback, axis=axis, dtype=dtype))(context, x, g)
+        return lower_kernel(log_softmax_pullback, context, x, g, axis=axis, dtype=dtype)
 
     def gradient(x: jax.Array, g: jax.Array, y: jax.Array) -> jax.Array:
         none = jnp.zeros_like(g)
         return label_loss_and_gradient(x, y, g, none, none, axis=axis, dtype=dtype)[-1]
 
-    return _lower(context, gradient, x, *made_of)
+    return _lower_of(context, gradient, x, *made_of)
 
 
 LOWERING = {"pick": _lower_pick, "log_softmax_pullback": _lower_pullback}
@@ -159,7 +153,7 @@ def _made_of(function: str, value: Any, axis: ClassAxis) -> tuple[Any, ...] | No
 _DTYPES_OF_MLIR = {"f32": jnp.float32, "bf16": jnp.bfloat16, "f16": jnp.float16, "i32": jnp.int32}
 
 
-def _lower(context: mlir.LoweringRuleContext, function: Callable[..., jax.Array], *values: Any) -> Any:
+def _lower_of(context: mlir.LoweringRuleContext, function: Callable[..., jax.Array], *values: Any) -> Any:
     """`function` of values that may be others than the rule was called with."""
     avals = [ShapedArray(v.type.shape, _DTYPES_OF_MLIR[str(v.type.element_type)]) for v in values]
-    return mlir.lower_fun(function, multiple_results=False)(context.replace(avals_in=avals), *values)
+    return lower_kernel(function, context.replace(avals_in=avals), *values)

@@ -383,8 +383,8 @@ void along(const Call& call, int64_t begin, int64_t end) {
   }
 }
 
-// Rows of which several fit the first-level cache: up to W of them are joined at the cost of two, and exponentials
-// are kept until they are written.
+// Rows of which several fit the first-level cache: up to W of them are joined at once, and exponentials are kept until
+// they are written.
 constexpr int64_t kShort = 2 * kBlock;
 constexpr int64_t kTogether = 8 * kBlock;
 

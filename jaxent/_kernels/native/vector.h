@@ -92,7 +92,7 @@ inline V interleave_second(V x, V y, std::index_sequence<K...>) {
 inline V interleave_first(V x, V y) { return interleave_first(x, y, std::make_index_sequence<W>{}); }
 inline V interleave_second(V x, V y) { return interleave_second(x, y, std::make_index_sequence<W>{}); }
 
-// Lane k of the result is made of all lanes of rows[k]: W rows are added up, or compared, at the cost of two.
+// Lane k of the result is made of all lanes of rows[k]: W rows are added up, or compared, by three operations each.
 template <class Join>
 inline V reduce_each(V (&rows)[W], Join join) {
   for (int half = W / 2; half > 0; half /= 2)
