@@ -118,17 +118,13 @@ def _on_each_device(run: Callable[..., Any], arrays: tuple[Any, ...], axis: Clas
     sharding = jax.typeof(arrays[0]).sharding
     kinds = zip(sharding.mesh.axis_names, sharding.mesh.axis_types, strict=True)
     explicit = {name for name, kind in kinds if kind == AxisType.Explicit}
-    if not explicit or not any(sharding.spec):
+    rank = arrays[0].ndim
+    results = jax.eval_shape(run, *arrays) if explicit and any(sharding.spec) else ()
+    # What has no logits to look at cannot know how the classes of its result will be split.
+    if not results or max(x.ndim for x in results) > rank or sharding.spec[axis.index] is not None:
         return run
-    results = jax.eval_shape(run, *arrays)
-    rank = max(x.ndim for x in (*arrays, *results))  # that of logits
-    rows, classes = list(sharding.spec), None
-    if len(rows) == rank:
-        classes = rows.pop(axis.index)
-    if classes is not None or not any(rows):
-        return run
-    whole = (*rows[: axis.index], None, *rows[axis.index :])
-    specs, out = ([PartitionSpec(*(whole if x.ndim == rank else rows)) for x in some] for some in (arrays, results))
+    rows = PartitionSpec(*sharding.spec[: axis.index], *sharding.spec[axis.index + 1 :])
+    specs, out = ([sharding.spec if x.ndim == rank else rows for x in some] for some in (arrays, results))
     mapped = jax.shard_map(run, mesh=sharding.mesh, in_specs=tuple(specs), out_specs=out, axis_names=explicit)
     return lambda *arrays: mapped(
         *(jax.sharding.reshard(x, jax.NamedSharding(sharding.mesh, s)) for x, s in zip(arrays, specs, strict=True))
