@@ -10,9 +10,12 @@ import jax.numpy as jnp
 from jax.sharding import AxisType
 from jaxtyping import Array, Bool, Integer
 
+_SHARE = 0.2  # of all logits, at most
+_ENOUGH = 4096  # tokens: with more, products are no faster
 
-def default_chunk_size(tokens: Any, features: Any) -> int:
-    """Tokens whose logits are held at once.
+
+def chunk_size_in_caches(tokens: Any, features: Any) -> int:
+    """Tokens whose logits a CPU holds at once, or derivatives of the second order.
 
     Matrix products want many rows, and every chunk reads the kernel and updates its gradient once more. A sixth of
     the features keeps a chunk's logits at a sixth of the kernel's size, and what a compiler may write out beside them
@@ -25,6 +28,22 @@ def default_chunk_size(tokens: Any, features: Any) -> int:
         return max(tokens, 1)
     even = -(-tokens // -(-tokens // limit))
     return min(-16 * (-even // 16), limit)
+
+
+def chunk_size_for_memory(tokens: Any, kept: float, parts: int = 1) -> int:
+    """Tokens whose logits an accelerator holds at once, if a chunk keeps `kept` times the bytes of its logits.
+
+    A fifth of all logits at most, for each of so many `parts` of a machine.
+    """
+    if not isinstance(tokens, int):  # of a size that is known when it runs
+        return 1024
+    steps = max(math.ceil(kept / _SHARE), -(-tokens // (_ENOUGH * parts)))
+    return max(-16 * (tokens // (-16 * steps)), 1)
+
+
+def fit_at_once(tokens: Any, features: Any, kept: float) -> bool:
+    """Whether all tokens at once take no more than chunks of them, which add up the kernel's gradient beside them."""
+    return isinstance(tokens, int) and isinstance(features, int) and 0 < (kept - _SHARE) * tokens <= features
 
 
 @dataclass(frozen=True)

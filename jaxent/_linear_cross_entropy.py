@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Integer, Shaped
 
 from ._check import (
@@ -28,13 +29,21 @@ from ._check import (
     check_smoothing,
     check_weight,
 )
-from ._chunks import Chunks, default_chunk_size, packed_chunks, strided_chunks, unseen_parts
+from ._chunks import (
+    Chunks,
+    chunk_size_for_memory,
+    chunk_size_in_caches,
+    fit_at_once,
+    packed_chunks,
+    strided_chunks,
+    unseen_parts,
+)
 from ._class_axis import ClassAxis, class_axis, vary
 from ._cross_entropy import LossOptions, Mixture, loss_options, mixture, read_target
-from ._kernels import compute_dtype
-from ._label_loss import How, is_easily_underflown, is_perturbed
+from ._label_loss import How, is_easily_underflown, is_perturbed, mixed
 from ._linear import inner, linear
 from ._nll import Scale, counting, read_labels, scale_of_all, scale_of_each
+from ._product_loss import Center, Layer, center, product_losses, product_losses_and_gradient
 
 
 def linear_cross_entropy(
@@ -173,7 +182,7 @@ class _Arrays(NamedTuple):
 
 
 class _Gradients(NamedTuple):
-    """Of a sum of losses, accumulated in at least float32; None where it is not wanted."""
+    """Of a sum of losses, accumulated in at least float32 and kept as `_kept` says; None where it is not wanted."""
 
     hidden: Float[Array, "tokens features"] | None
     kernel: Float[Array, "features classes"] | None
@@ -300,7 +309,7 @@ def _total_jvp(options: _Options, primals: tuple[_Arrays, Array], tangents: tupl
     losses, gradients = _losses_and_gradients(
         options, wanted, arrays, jnp.broadcast_to(scale, arrays.hidden.shape[:1])
     )
-    terms = [_kept(g, t) for g, t in zip(jax.tree.leaves(gradients), linear_dot, strict=True)]
+    terms = [inner(g, t) for g, t in zip(jax.tree.leaves(gradients), linear_dot, strict=True)]
     tangent = options.classes.total(sum(terms, jnp.zeros((), losses.dtype)))
     total = jnp.sum(losses)
     if is_perturbed(scale_dot):
@@ -308,9 +317,9 @@ def _total_jvp(options: _Options, primals: tuple[_Arrays, Array], tangents: tupl
     return scale * total, tangent
 
 
-def _kept(gradient: Array, t: Array) -> Float[Array, ""]:
-    """The derivative along `t`, which keeps the gradient in the dtype of what it is the gradient of."""
-    return inner(gradient if is_easily_underflown(t.dtype) else gradient.astype(t.dtype), t)
+def _kept(gradient: Array, dtype: DTypeLike) -> Array:
+    """The gradient as it waits for its cotangent: in the dtype of what it is of, if that has the range."""
+    return gradient if is_easily_underflown(dtype) else gradient.astype(dtype)
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
@@ -374,16 +383,69 @@ def _sweep(
 ) -> tuple[Float[Array, " tokens"], _Gradients]:
     """One loop over chunks of tokens: the losses, and the wanted gradients of `sum(scale * losses)`.
 
-    It updates the gradients in place. With `differentiable` every operation is one that AD can differentiate in both
-    directions, recomputing each chunk, at the price of one more array of the kernel's size.
+    With `differentiable` every operation is one that AD can differentiate in both directions, recomputing each chunk,
+    at the price of one more array of the kernel's size. Otherwise gradients are updated in place, and the machine
+    decides how: a CPU multiplies apart and has a kernel for what is left, others have what is made of logits in the
+    product itself.
     """
+    if differentiable:
+        return _loop(options, _DIFFERENTIABLE, _small_chunks(options, arrays, skip=False), wanted, arrays, scale)
+    cpu, default = partial(_sweep_on_cpus, options, wanted), partial(_sweep_on_others, options, wanted)
+    if options.loss.implementation == "xla":
+        return default(arrays, scale)
+    return jax.lax.platform_dependent(arrays, scale, cpu=cpu, default=default)
+
+
+class _Way(NamedTuple):
+    """How a loop goes."""
+
+    fuses: bool = False  # never holds logits, see _product_loss.py
+    tiles: bool = False  # adds to the kernel's gradient a tile at a time
+    differentiable: bool = False
+
+
+_DIFFERENTIABLE = _Way(differentiable=True)
+
+
+def _sweep_on_cpus(
+    options: _Options, wanted: _Wanted, arrays: _Arrays, scale: Array | None
+) -> tuple[Float[Array, " tokens"], _Gradients]:
+    return _loop(options, _Way(tiles=True), _small_chunks(options, arrays, skip=True), wanted, arrays, scale)
+
+
+def _sweep_on_others(
+    options: _Options, wanted: _Wanted, arrays: _Arrays, scale: Array | None
+) -> tuple[Float[Array, " tokens"], _Gradients]:
+    tokens, features = arrays.hidden.shape
+    smoothed = options.loss.label_smoothing and arrays.weight is not None
+    indices = jnp.issubdtype(arrays.labels.dtype, jnp.integer)
+    way = _Way(fuses=bool(indices and not smoothed and options.softcap is None))
+    kept = jnp.result_type(arrays.hidden, arrays.kernel).itemsize / _compute_dtype(arrays).itemsize
+    kept = kept if way.fuses else 1.0 + kept
+    parts, counts = unseen_parts(arrays.hidden), counting(arrays.labels, options.loss.ignore_index)
+    size = chunk_size_for_memory(tokens, kept, parts)
+    if (counts is None or parts > 1) and fit_at_once(
+        tokens, features, kept
+    ):  # what does not count is left out by chunks
+        size = tokens
+    return _loop(options, way, _chunks(options, arrays, size, skip=True), wanted, arrays, scale)
+
+
+def _loop(
+    options: _Options,
+    way: _Way,
+    chunks: Chunks,
+    wanted: _Wanted,
+    arrays: _Arrays,
+    scale: Float[Array, " tokens"] | None,
+) -> tuple[Float[Array, " tokens"], _Gradients]:
     hidden, kernel, bias, weight, labels = arrays
     tokens, dtype = hidden.shape[0], _compute_dtype(arrays)
-    chunks = _chunks(options, arrays, skip=not differentiable)
     operand = jnp.result_type(hidden, kernel)
     kernel = kernel.astype(operand)
+    near = center(Layer(kernel, bias), options.classes) if way.fuses else None
     largest = None
-    if scale is not None and operand.itemsize < 4:  # the factor of 1 / tokens would leave the range of float16
+    if scale is not None and is_easily_underflown(operand):  # the factor of 1 / tokens would leave its range
         largest = jax.lax.stop_gradient(jnp.max(jnp.abs(scale), initial=0.0))
         largest = jnp.where((largest > 0.0) & jnp.isfinite(largest), largest, 1.0)
         scale = scale / largest
@@ -391,17 +453,19 @@ def _sweep(
     def products(
         x: Array, kernel: Array, bias: Array | None, weight: Array | None, labels: Array, s: Array
     ) -> tuple[Array, _Gradients]:
-        logits = _logits(x, kernel, bias)
+        layer = Layer(kernel, bias)
         if not any(wanted):
-            return _losses_of_logits(options, labels, weight, logits), _Gradients(None, None, None)
-        loss, g = _losses_and_gradient_of_logits(options, labels, weight, s, logits)
+            return _losses_of(options, layer, near, x, labels, weight), _Gradients(None, None, None)
+        loss, g = _losses_and_gradient_of(options, layer, near, x, labels, weight, s)
         bias_term = jnp.sum(g, 0) if wanted[2] else None
         g = g.astype(operand)
-        hidden_term = _dot(kernel, g, 1, 1, dtype).T if wanted[0] else None  # in this order faster on CPUs
-        kernel_term = (_dot(x, g, 0, 0, dtype) if differentiable else g) if wanted[1] else None
+        hidden_term = None
+        if wanted[0]:  # in the other order faster on CPUs
+            hidden_term = _dot(kernel, g, 1, 1, dtype).T if way.tiles else _dot(g, kernel, 1, 1, dtype)
+        kernel_term = (g if way.tiles else _dot(x, g, 0, 0, dtype)) if wanted[1] else None
         return loss, _Gradients(hidden_term, kernel_term, bias_term)
 
-    if differentiable:
+    if way.differentiable:
         products = jax.checkpoint(products)
     by_token = jax.tree.map(chunks.spread, (hidden, labels, jnp.ones(tokens, dtype) if scale is None else scale))
 
@@ -415,32 +479,38 @@ def _sweep(
         of_hidden, of_kernel, of_bias = gradients
         if of_hidden is not None and terms.hidden is not None:
             of_hidden = chunks.put(of_hidden, terms.hidden, i)
-        if of_kernel is not None and terms.kernel is not None:
-            if differentiable:
-                of_kernel = of_kernel + terms.kernel
-            else:
+        if terms.kernel is not None:
+            if of_kernel is None:
+                of_kernel = terms.kernel
+            elif way.tiles:
                 of_kernel = _add_product(of_kernel, x, terms.kernel, by_class=unseen_parts(kernel) == 1)
+            else:
+                of_kernel = of_kernel + terms.kernel
         if of_bias is not None and terms.bias is not None:
             of_bias = of_bias + terms.bias
         losses = chunks.put(losses, jnp.where(counts, loss, 0.0), i)
         return losses, _Gradients(of_hidden, of_kernel, of_bias)
 
+    once = way.fuses and isinstance(chunks.steps, int) and chunks.steps == 1
     zero = vary(jnp.zeros((), dtype), *jax.tree.leaves((arrays, scale)))
     start = (
         chunks.spread(jnp.broadcast_to(options.classes.total(zero), tokens)),
         _Gradients(
             chunks.spread(jnp.broadcast_to(zero, hidden.shape)) if wanted[0] else None,
-            jnp.broadcast_to(zero, kernel.shape) if wanted[1] else None,
+            jnp.broadcast_to(zero, kernel.shape) if wanted[1] and not once else None,
             jnp.broadcast_to(zero, kernel.shape[1]) if wanted[2] else None,
         ),
     )
-    # Without tokens nothing can be indexed, even in a loop of no steps.
-    losses, gradients = jax.lax.fori_loop(0, chunks.steps, step, start) if tokens else start
+    if once:
+        losses, gradients = step(0, start)
+    else:  # Without tokens nothing can be indexed, even in a loop of no steps.
+        losses, gradients = jax.lax.fori_loop(0, chunks.steps, step, start) if tokens else start
     if gradients.hidden is not None:
         gradients = gradients._replace(hidden=chunks.gather(gradients.hidden))
     if largest is not None:
         gradients = _Gradients(*(None if g is None else g * largest for g in gradients))
-    return chunks.gather(losses), gradients
+    of = zip(gradients, (arrays.hidden, arrays.kernel, arrays.bias), strict=True)
+    return chunks.gather(losses), _Gradients(*(None if g is None or x is None else _kept(g, x.dtype) for g, x in of))
 
 
 def _sweep_losses(options: _Options, arrays: _Arrays) -> Float[Array, " tokens"]:
@@ -459,7 +529,7 @@ def _sweep_directional(
     """The derivative of each loss along `direction`, for AD; this device's term of it if the classes are split."""
     hidden, kernel, bias, weight, labels = arrays
     dtype = _compute_dtype(arrays)
-    chunks = _chunks(options, arrays, skip=False)
+    chunks = _small_chunks(options, arrays, skip=False)
     operand = jnp.result_type(hidden, kernel)
     kernel = kernel.astype(operand)
     parts = iter(direction)
@@ -479,7 +549,7 @@ def _sweep_directional(
         bias_dot: Array | None,
     ) -> Array:
         ones = jnp.ones(x.shape[0], dtype)
-        _, g = _losses_and_gradient_of_logits(options, y, weight, ones, _logits(x, kernel, bias))
+        _, g = _losses_and_gradient_of(options, Layer(kernel, bias), None, x, y, weight, ones)
         logits_dot = jnp.zeros((1, 1), dtype) if bias_dot is None else bias_dot[None]
         if x_dot is not None:
             logits_dot += _dot(x_dot, kernel.astype(dtype), 1, 0, dtype)
@@ -500,36 +570,41 @@ def _sweep_directional(
     return chunks.gather(tangent)
 
 
-def _logits(
-    x: Float[Array, "size features"],
-    kernel: Float[Array, "features classes"],
-    bias: Float[Array, " classes"] | None,
-) -> Float[Array, "size classes"]:
-    logits = _dot(x, kernel, 1, 0, compute_dtype(x.dtype))
-    return logits if bias is None else logits + bias.astype(logits.dtype)[None]
-
-
-def _losses_of_logits(
-    options: _Options, labels: Array, weight: Float[Array, " classes"] | None, logits: Float[Array, "size classes"]
+def _losses_of(
+    options: _Options, layer: Layer, near: Center | None, x: Array, labels: Array, weight: Array | None
 ) -> Float[Array, " size"]:
-    logits = _capped(options, logits)
-    return _mixture(options, labels, weight, logits).rows(options.how, logits, jnp.ones((), logits.dtype))
+    """The losses of hidden states."""
+    if near is None:
+        logits = _capped(options, layer.logits(x))
+        return _mixture(options, labels, weight, logits).rows(options.how, logits, jnp.ones((), logits.dtype))
+    losses = _mixture(options, labels, weight, layer.shape(x))
+    assert losses.label is not None
+    return mixed(losses.label, product_losses(layer, near, x, losses.label, options.classes), losses.factors)
 
 
-def _losses_and_gradient_of_logits(
+def _losses_and_gradient_of(
     options: _Options,
+    layer: Layer,
+    near: Center | None,
+    x: Float[Array, "size features"],
     labels: Array,
     weight: Float[Array, " classes"] | None,
     scale: Float[Array, " size"],
-    logits: Float[Array, "size classes"],
 ) -> tuple[Float[Array, " size"], Float[Array, "size classes"]]:
-    """The losses, and the gradient of `sum(scale * losses)`."""
-    logits = _capped(options, logits)
-    losses = _mixture(options, labels, weight, logits)
-    loss, gradient = losses.rows_and_gradient(options.how, logits, scale)
-    if options.softcap is not None:
-        gradient = gradient * (1.0 - (logits / options.softcap) ** 2)
-    return loss, gradient
+    """The losses of hidden states, and the gradient of `sum(scale * losses)` with respect to their logits."""
+    if near is None:
+        logits = _capped(options, layer.logits(x))
+        losses = _mixture(options, labels, weight, logits)
+        loss, gradient = losses.rows_and_gradient(options.how, logits, scale)
+        if options.softcap is not None:
+            gradient = gradient * (1.0 - (logits / options.softcap) ** 2)
+        return loss, gradient
+    losses = _mixture(options, labels, weight, layer.shape(x))
+    label, factors = losses.label, losses.factors
+    assert label is not None
+    rows = factors.times(scale).rows(label)
+    *parts, gradient = product_losses_and_gradient(layer, near, x, label, *rows, options.classes)
+    return mixed(label, parts, factors), gradient
 
 
 def _capped(options: _Options, logits: Float[Array, "size classes"]) -> Float[Array, "size classes"]:
@@ -537,7 +612,7 @@ def _capped(options: _Options, logits: Float[Array, "size classes"]) -> Float[Ar
 
 
 def _mixture(
-    options: _Options, labels: Array, weight: Float[Array, " classes"] | None, logits: Float[Array, "size classes"]
+    options: _Options, labels: Array, weight: Float[Array, " classes"] | None, logits: Array | jax.ShapeDtypeStruct
 ) -> Mixture:
     return mixture(logits, labels, read_target(logits, labels, weight, options.loss), None, weight, options.loss)
 
@@ -568,10 +643,13 @@ def _dot(a: Array, b: Array, a_axis: int, b_axis: int, dtype: jnp.dtype) -> Arra
     return jax.lax.dot_general(a, b, (((a_axis,), (b_axis,)), ((), ())), preferred_element_type=dtype)
 
 
-def _chunks(options: _Options, arrays: _Arrays, *, skip: bool) -> Chunks:
-    tokens, features = arrays.hidden.shape
-    size = options.chunk_size or default_chunk_size(tokens, features)
-    counts = counting(arrays.labels, options.loss.ignore_index)
+def _small_chunks(options: _Options, arrays: _Arrays, *, skip: bool) -> Chunks:
+    return _chunks(options, arrays, chunk_size_in_caches(*arrays.hidden.shape), skip=skip)
+
+
+def _chunks(options: _Options, arrays: _Arrays, size: int, *, skip: bool) -> Chunks:
+    tokens, counts = arrays.hidden.shape[0], counting(arrays.labels, options.loss.ignore_index)
+    size = options.chunk_size or size
     # Under automatic sharding nobody knows yet how the tokens will be split.
     if unseen_parts(arrays.hidden) > 1:
         return strided_chunks(tokens, size, counts)

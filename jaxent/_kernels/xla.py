@@ -66,7 +66,7 @@ def label_loss(x: Logits, y: Integer[Array, "..."], *, axis: ClassAxis) -> tuple
 
     A label below 0 stands for none: zeros. One that is too large gives NaN.
     """
-    return _losses(x, y, axis)[:3]
+    return label_rows(_label_sums(x, y, axis)[0], y, axis=axis)
 
 
 def label_loss_and_gradient(
@@ -77,12 +77,9 @@ def label_loss_and_gradient(
     That is $(a + u + 2 z s) p_k - u / C$ for all classes but the label, which has $-a$ more: together $-a$ times the
     probability of the others.
     """
-    loss, uniform, lse, label, e, others, of_label = _losses(x, y, axis)
-    a, u, z, s = map(axis.expand, (a, u, z, lse))
-    total, shared = others + of_label, u + 2.0 * z * s
-    gradient = jnp.where(label, (shared * of_label - a * others) / total, e / total * (a + shared))
-    gradient = gradient - u / max(axis.size(x), 1)
-    return loss, uniform, lse, jnp.where(axis.expand(y < 0), 0.0, gradient).astype(dtype)
+    sums, label, e = _label_sums(x, y, axis)
+    gradient = label_gradient(sums, label, e, y, a, u, z, axis=axis)
+    return *label_rows(sums, y, axis=axis), gradient.astype(dtype)
 
 
 def expected_loss(x: Logits, q: Logits, *, axis: ClassAxis) -> Row:
@@ -185,19 +182,54 @@ def _mean(
     return r.e > _threshold(total), own, mean
 
 
-def _losses(
+def _label_sums(
     x: Logits, y: Integer[Array, "..."], axis: ClassAxis
-) -> tuple[Row, Row, Row, Bool[Array, "..."], Logits, Row, Row]:
-    """`label_loss`, and what its gradient is made of: the label, the others' exponentials and their sum, its own."""
+) -> tuple["LabelSums", Bool[Array, "..."], Logits]:
+    """Relative to the largest logit; and where the label is, and the exponentials, the label's own left out."""
     r, label = _exponentials(x, axis), axis.one_hot(y, x)
     e = jnp.where(label, 0.0, r.e)
     others, of_label, classes = axis.sum(e), axis.sum(jnp.where(label, wide(x), 0.0)), axis.size(x)
     d = jnp.where(of_label == r.m, of_label * 0.0, of_label - r.m)
     d = jnp.where(axis.expand(y < classes), d, jnp.nan)
-    of_label = jnp.exp(d)
-    log_total = jnp.where(d == 0.0, jnp.log1p(others), jnp.log(others + of_label))
-    uniform = log_total - axis.sum(r.d) / max(classes, 1)
-    loss, uniform, lse = (
-        jnp.where(y < 0, 0.0, axis.squeeze(row)) for row in (log_total - d, uniform, r.m + log_total)
-    )
-    return loss, uniform, lse, label, e, others, of_label
+    return LabelSums(r.m, d, others, axis.sum(r.d) / max(classes, 1)), label, e
+
+
+class LabelSums(NamedTuple):
+    """What the losses of a row and their gradients are made of, relative to a number near its largest logit."""
+
+    reference: Row  # keeps the axis, as they all do
+    d: Row  # the label's logit; NaN where there is no such class
+    others: Row  # the sum of all exponentials but the label's
+    mean: Row  # of all logits
+
+
+def label_rows(sums: LabelSums, y: Integer[Array, "..."], *, axis: ClassAxis) -> tuple[Row, Row, Row]:
+    """`label_loss`."""
+    reference, d, others, mean = sums
+    own = jnp.exp(d)
+    leads = others < own
+    loss, log_total = jnp.log1p(others / own), jnp.log(others + own)
+    loss, log_total = jnp.where(leads, loss, log_total - d), jnp.where(leads, loss + d, log_total)
+    rows = loss, log_total - mean, reference + log_total
+    loss, uniform, lse = (jnp.where(y < 0, 0.0, axis.squeeze(row)) for row in rows)
+    return loss, uniform, lse
+
+
+def label_gradient(
+    sums: LabelSums,
+    label: Bool[Array, "..."],
+    e: Logits,
+    y: Integer[Array, "..."],
+    a: Row,
+    u: Row,
+    z: Row,
+    *,
+    axis: ClassAxis,
+) -> Logits:
+    """That of `label_loss_and_gradient`, from the exponentials of all classes but the label."""
+    lse = axis.expand(label_rows(sums, y, axis=axis)[2])
+    a, u, z = map(axis.expand, (a, u, z))
+    own, others = jnp.exp(sums.d), sums.others
+    total, shared = others + own, u + 2.0 * z * lse
+    gradient = jnp.where(label, (shared * own - a * others) / total, e / total * (a + shared))
+    return jnp.where(axis.expand(y < 0), 0.0, gradient - u / max(axis.size(e), 1))

@@ -1,0 +1,125 @@
+r"""The loss of class indices whose logits are a matrix product, and its gradient, without the logits in memory.
+
+With any number $r$ near a row's largest logit, $e_k = \exp(x_k - r)$ and their sum are all that is needed, and both
+can be made where the product leaves its accumulator: no pass over logits waits for their maximum. The exponentials
+stay in the dtype in which the gradient goes into its own products.
+
+A good $r$ is known beforehand: the mean of the row's logits without bias, weighted by the softmax of the bias, and
+$\log \sum_k \exp b_k - \log C$ more. By Jensen's inequality then $\sum_k e_k \ge C$, so nothing that counts
+underflows. It overflows where a logit is some 80 above $r$, and then all is made once more relative to the maximum.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+from jaxtyping import Array, Bool, Float, Integer
+
+from ._class_axis import ClassAxis
+from ._kernels import compute_dtype
+from ._kernels.xla import LabelSums, label_gradient, label_rows
+
+Row = Float[Array, " tokens"]
+
+
+class Layer(NamedTuple):
+    """What makes logits of hidden states."""
+
+    kernel: Float[Array, "features classes"]
+    bias: Float[Array, " classes"] | None
+
+    def logits(self, x: Float[Array, "tokens features"]) -> Float[Array, "tokens classes"]:
+        """`x @ kernel + bias`, accumulated in at least float32."""
+        dtype = compute_dtype(x.dtype)
+        logits = jax.lax.dot_general(x, self.kernel, (((1,), (0,)), ((), ())), preferred_element_type=dtype)
+        return logits if self.bias is None else logits + self.bias.astype(dtype)[None]
+
+    def shape(self, x: Float[Array, "tokens features"]) -> jax.ShapeDtypeStruct:
+        """Of `logits`."""
+        return jax.ShapeDtypeStruct((x.shape[0], self.kernel.shape[1]), compute_dtype(x.dtype))
+
+
+class Center(NamedTuple):
+    """What makes a number near the largest logit of hidden states."""
+
+    kernel: Float[Array, " features"]
+    bias: Float[Array, ""]
+
+    def of(self, x: Float[Array, "tokens features"]) -> Float[Array, "tokens 1"]:
+        """It, for each of them."""
+        return jnp.sum(x.astype(self.kernel.dtype) * self.kernel, 1, keepdims=True) + self.bias
+
+
+def center(layer: Layer, axis: ClassAxis) -> Center:
+    """The mean over the classes, weighted by the bias."""
+    kernel = layer.kernel.astype(compute_dtype(layer.kernel.dtype))
+    classes = axis.size(kernel)
+    if layer.bias is None:
+        return Center(axis.total(jnp.sum(kernel, 1)) / classes, jnp.zeros((), kernel.dtype))
+    b = layer.bias.astype(kernel.dtype)[None]
+    m = axis.max(b)
+    q = jnp.exp(b - m)
+    total = axis.sum(q)
+    return Center(axis.total(jnp.sum(kernel * q, 1)) / total[0], (m + jnp.log(total / classes))[0, 0])
+
+
+def product_losses(
+    layer: Layer, near: Center, x: Float[Array, "tokens features"], y: Integer[Array, " tokens"], axis: ClassAxis
+) -> tuple[Row, Row, Row]:
+    """`label_loss` of their logits."""
+    return label_rows(_sums(layer, near, x, y, axis, None)[0], y, axis=axis)
+
+
+def product_losses_and_gradient(
+    layer: Layer,
+    near: Center,
+    x: Float[Array, "tokens features"],
+    y: Integer[Array, " tokens"],
+    a: Row,
+    u: Row,
+    z: Row,
+    axis: ClassAxis,
+) -> tuple[Row, Row, Row, Float[Array, "tokens classes"]]:
+    """`label_loss_and_gradient` of their logits, the gradient being as precise as the dtype of `x`."""
+    dtype = compute_dtype(x.dtype)
+    sums, e = _sums(
+        layer, near, x, y, axis, x.dtype if jnp.finfo(x.dtype).maxexp == jnp.finfo(dtype).maxexp else dtype
+    )
+    assert e is not None
+    label = axis.one_hot(y, e)
+    return *label_rows(sums, y, axis=axis), label_gradient(sums, label, e.astype(dtype), y, a, u, z, axis=axis)
+
+
+class _State(NamedTuple):
+    sums: LabelSums
+    e: Float[Array, "tokens classes"] | None
+    tries: Integer[Array, ""]
+
+
+def _sums(
+    layer: Layer, near: Center, x: Array, y: Integer[Array, " tokens"], axis: ClassAxis, kept: DTypeLike | None
+) -> tuple[LabelSums, Float[Array, "tokens classes"] | None]:
+    """Relative to the center of logits or, if one is too far away from that, to their maximum; and exponentials."""
+
+    def relative_to(reference: Array, x: Array, tries: Integer[Array, ""]) -> _State:
+        d = layer.logits(x) - reference
+        label, e, classes = axis.one_hot(y, d), jnp.exp(d), axis.size(d)
+        of_label = jnp.where(axis.expand(y < classes), axis.sum(jnp.where(label, d, 0.0)), jnp.nan)
+        sums = LabelSums(reference, of_label, axis.sum(jnp.where(label, 0.0, e)), axis.sum(d) / max(classes, 1))
+        # Behind a barrier, or the compiler would keep logits in float32 instead.
+        return _State(sums, None if kept is None else jax.lax.optimization_barrier(e.astype(kept)), tries)
+
+    def too_far(state: _State) -> Bool[Array, ""]:
+        d = jnp.where(axis.expand(y < 0), -jnp.inf, state.sums.d)
+        total = state.sums.others + jnp.where(jnp.isnan(d), 0.0, jnp.exp(d))
+        return (state.tries == 0) & ~jnp.all((total >= 1.0) & jnp.isfinite(total))
+
+    def again(state: _State) -> _State:
+        # Behind barriers, or the compiler would make the logits that are the same each time once, and keep them.
+        known, tries = jax.lax.optimization_barrier((x, state.tries))
+        known, maximum = jax.lax.optimization_barrier((known, axis.max(layer.logits(known))))
+        return relative_to(maximum, known, tries + 1)
+
+    state = jax.lax.while_loop(too_far, again, relative_to(near.of(x), x, jnp.int32(0)))
+    return state.sums, state.e
