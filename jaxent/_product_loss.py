@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Integer
 
-from ._class_axis import ClassAxis
+from ._class_axis import ClassAxis, vary
 from ._kernels import compute_dtype
 from ._kernels.xla import LabelSums, label_gradient, label_rows
 
@@ -121,5 +121,5 @@ def _sums(
         known, maximum = jax.lax.optimization_barrier((known, axis.max(layer.logits(known))))
         return relative_to(maximum, known, tries + 1)
 
-    state = jax.lax.while_loop(too_far, again, relative_to(near.of(x), x, jnp.int32(0)))
+    state = jax.lax.while_loop(too_far, again, relative_to(near.of(x), x, vary(jnp.int32(0), x)))
     return state.sums, state.e

@@ -108,6 +108,11 @@ CASES = {
     ),
     "linear_cross_entropy sum": _LCE(_LINEAR, "", wrt=_LEARNT, reduction="sum"),
 }
+# What TPUs and GPUs get, and here whoever asks for it: logits that never leave the product.
+CASES |= {
+    f"{name}, fused": replace(CASES[name], options=CASES[name].options | {"implementation": "xla"})
+    for name in ("linear_cross_entropy of rows", "linear_cross_entropy bfloat16", "linear_cross_entropy mean")
+}
 LINEAR_CASES = [name for name in CASES if name.startswith("linear")]
 
 
@@ -259,6 +264,7 @@ def test_values_and_gradients(name, way):
         "cross_entropy with all",
         "linear_cross_entropy with all",
         "linear_cross_entropy mean",
+        "linear_cross_entropy mean, fused",
     ],
 )
 def test_layouts(name, layout, way):
