@@ -390,10 +390,13 @@ def _sweep(
     """
     if differentiable:
         return _loop(options, _DIFFERENTIABLE, _small_chunks(options, arrays, skip=False), wanted, arrays, scale)
-    cpu, default = partial(_sweep_on_cpus, options, wanted), partial(_sweep_on_others, options, wanted)
+    work = options, wanted
+    tpu, gpu = partial(_sweep_fused, *work, 0.0), partial(_sweep_fused, *work, 1.0)
     if options.loss.implementation == "xla":
-        return default(arrays, scale)
-    return jax.lax.platform_dependent(arrays, scale, cpu=cpu, default=default)
+        return tpu(arrays, scale)
+    return jax.lax.platform_dependent(
+        arrays, scale, cpu=partial(_sweep_in_caches, *work), cuda=gpu, rocm=gpu, default=tpu
+    )
 
 
 class _Way(NamedTuple):
@@ -407,21 +410,22 @@ class _Way(NamedTuple):
 _DIFFERENTIABLE = _Way(differentiable=True)
 
 
-def _sweep_on_cpus(
+def _sweep_in_caches(
     options: _Options, wanted: _Wanted, arrays: _Arrays, scale: Array | None
 ) -> tuple[Float[Array, " tokens"], _Gradients]:
     return _loop(options, _Way(tiles=True), _small_chunks(options, arrays, skip=True), wanted, arrays, scale)
 
 
-def _sweep_on_others(
-    options: _Options, wanted: _Wanted, arrays: _Arrays, scale: Array | None
+def _sweep_fused(
+    options: _Options, wanted: _Wanted, logits: float, arrays: _Arrays, scale: Array | None
 ) -> tuple[Float[Array, " tokens"], _Gradients]:
+    """Where a product leaves its accumulator as exponentials, or as `logits` (1.0) that are read once more."""
     tokens, features = arrays.hidden.shape
     smoothed = options.loss.label_smoothing and arrays.weight is not None
     indices = jnp.issubdtype(arrays.labels.dtype, jnp.integer)
     way = _Way(fuses=bool(indices and not smoothed and options.softcap is None))
     kept = jnp.result_type(arrays.hidden, arrays.kernel).itemsize / _compute_dtype(arrays).itemsize
-    kept = kept if way.fuses else 1.0 + kept
+    kept += logits if way.fuses else 1.0
     parts, counts = unseen_parts(arrays.hidden), counting(arrays.labels, options.loss.ignore_index)
     size = chunk_size_for_memory(tokens, kept, parts)
     if (counts is None or parts > 1) and fit_at_once(
