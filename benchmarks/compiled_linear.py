@@ -1,0 +1,154 @@
+"""What the compilers of accelerators make of linear_cross_entropy, against plain optax: counted without a device.
+
+    python benchmarks/compiled_linear.py [--chips v5e v6e v5p v7x h100] [--dtypes bfloat16] [--check | --write]
+
+The value and both gradients of the mean loss, for one device. The time is an estimate: of each kernel the larger of
+its products over the chip's FLOPs and its bytes over the bandwidth, one after the other (`_cost.py`). Temporaries are
+the peak of the compiled program's memory without arguments and results, in per cent of the float32 logits. "at once"
+is jaxent with `ignore_index=None`. Bytes, FLOPs and temporaries are the same on every run; the seconds of compiling,
+which are given as a multiple of optax's, are not.
+
+`--check` fails where time or temporaries are a hundredth above what compiled_linear.json has; `--write` stores them.
+For the environment see compiled.py.
+"""
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import compiled
+from _cost import CHIPS, kernels_of, seconds, total_bytes
+
+FILE = Path(__file__).with_suffix(".json")
+SHAPES = [
+    (2048, 512, 32768),
+    (8192, 1024, 128256),
+    (8192, 4096, 128256),
+    (16384, 2048, 256000),
+    (4096, 2048, 50257),
+]
+
+
+class Counted(NamedTuple):
+    """Of a compiled program."""
+
+    milliseconds: float
+    gigabytes: float
+    temporaries: float  # per cent of the float32 logits
+    compiling: float  # seconds
+
+
+def losses() -> dict[str, Callable[..., Any]]:
+    """The contestants."""
+    import optax
+
+    import jaxent
+
+    def plain(hidden: Any, kernel: Any, labels: Any) -> Any:
+        return optax.softmax_cross_entropy_with_integer_labels(hidden @ kernel, labels).mean()
+
+    at_once = partial(jaxent.linear_cross_entropy, ignore_index=None)
+    return {"optax": plain, "jaxent": jaxent.linear_cross_entropy, "jaxent at once": at_once}
+
+
+def count(chip: str, name: str, shape: tuple[int, int, int], dtype: str) -> Counted:
+    """Compile one of them."""
+    import jax
+    import numpy as np
+
+    from jaxent._chunks import chunk_size_for_memory, fit_at_once
+
+    tokens, features, classes = shape
+    mesh = jax.sharding.Mesh(np.array(compiled.devices_of(chip)[:1]), ("one",))
+    sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    arguments = [
+        jax.ShapeDtypeStruct(size, kind, sharding=sharding)
+        for size, kind in (((tokens, features), dtype), ((features, classes), dtype), ((tokens,), "int32"))
+    ]
+    start = time.perf_counter()
+    program = jax.jit(jax.value_and_grad(losses()[name], (0, 1))).lower(*arguments).compile()
+    compiling = time.perf_counter() - start
+    kept = jax.numpy.dtype(dtype).itemsize / 4 + (chip == "h100")
+    at_once = name == "jaxent at once" and fit_at_once(tokens, features, kept)
+    steps = 0 if at_once else -(-tokens // chunk_size_for_memory(tokens, kept))
+    kernels = kernels_of(program.as_text(), steps)
+    memory = program.memory_analysis()
+    peak = memory.peak_memory_in_bytes - memory.argument_size_in_bytes - memory.output_size_in_bytes
+    share = 100 * peak / (4 * tokens * classes)
+    return Counted(1e3 * seconds(kernels, CHIPS[chip]), 1e-9 * total_bytes(kernels), share, compiling)
+
+
+def row(chip: str, shape: tuple[int, int, int], dtype: str, found: dict[str, Counted]) -> str:
+    """Of the Markdown table."""
+    optax, ours, at_once = (found.get(name) for name in ("optax", "jaxent", "jaxent at once"))
+    if optax is None or ours is None or at_once is None:
+        return f"| {chip} | {dtype} | {' x '.join(map(str, shape))} | optax does not fit the chip |"
+    cells = [chip, dtype, " x ".join(map(str, shape))]
+    cells += [f"{c.milliseconds:.2f}" for c in (ours, at_once, optax)]
+    cells += [f"{c.milliseconds / optax.milliseconds:.2f}" for c in (ours, at_once)]
+    cells += [f"{c.gigabytes:.1f}" for c in (ours, at_once, optax)]
+    cells += [f"{c.temporaries:.0f} %" for c in (ours, at_once, optax)]
+    cells.append(f"{100 * shape[1] / shape[0] + 20:.0f} %")
+    return f"| {' | '.join([*cells, f'{ours.compiling / optax.compiling:.1f}'])} |"
+
+
+HEADER = """\
+| chip | dtype | tokens x features x classes | jaxent, ms | at once | optax | jaxent / optax | at once / optax \
+| jaxent, GB | at once | optax | jaxent, temporaries | at once | optax | accumulator + 20 % | compiling |
+|---|---|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|"""
+
+
+def main() -> None:
+    """Compile, print, compare."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--chips", nargs="+", choices=list(CHIPS), default=["v5e"])
+    parser.add_argument("--dtypes", nargs="+", choices=["bfloat16", "float32"], default=["bfloat16"])
+    parser.add_argument("--shapes", type=int, default=len(SHAPES), help="so many of the shapes")
+    action = parser.add_mutually_exclusive_group()
+    action.add_argument("--check", action="store_true", help="fail where a figure is worse than it was; jaxent alone")
+    action.add_argument("--write", action="store_true", help="store the figures in compiled_linear.json")
+    arguments = parser.parse_args()
+    gpu = arguments.chips == ["h100"]
+    if not gpu and "h100" in arguments.chips:
+        parser.error("a process compiles for TPUs or for a GPU; give h100 alone")
+    compiled.prepare("gpu" if gpu else "tpu")
+    import jax
+
+    stored = json.loads(FILE.read_text()) if FILE.exists() else {}
+    faults = []
+    if not arguments.check:
+        print(HEADER)
+    for chip in arguments.chips:
+        for dtype in arguments.dtypes:
+            for shape in SHAPES[: arguments.shapes]:
+                found = {}
+                for name in losses():
+                    if arguments.check and name == "optax":
+                        continue
+                    try:
+                        found[name] = count(chip, name, shape, dtype)
+                    except jax.errors.JaxRuntimeError as error:
+                        if "RESOURCE_EXHAUSTED" not in str(error):
+                            raise
+                for name, counted in found.items():
+                    key, now = f"{chip}, {dtype}, {shape}, {name}", [round(x, 3) for x in counted[:3]]
+                    was = stored.get(key)
+                    if was is None or any(n > 1.01 * w for n, w in zip(now, was, strict=True)):
+                        faults.append(f"{key}: milliseconds, gigabytes and % of temporaries {was} -> {now}")
+                    stored[key] = now
+                if not arguments.check:
+                    print(row(chip, shape, dtype, found), flush=True)
+    if arguments.write:
+        FILE.write_text(json.dumps(stored, indent=1) + "\n")
+    if arguments.check:
+        print("\n".join(faults) or "linear_cross_entropy: no figure is worse than it was")
+        sys.exit(bool(faults))
+
+
+if __name__ == "__main__":
+    main()
