@@ -255,6 +255,55 @@ def test_a_missing_or_damaged_configuration_gets_one_sentence(uninterrupted, tmp
     assert not (workdir / "config.json").exists()
 
 
+WRONG = (None, "x", [1], True, {})
+BAD_CONFIGURATIONS = [
+    "",
+    "{",
+    "[1]",
+    "null",
+    "[" * 100_000,
+    "\x00\xff",
+    '{"epochs": "x"}',
+    *({name: value} for name in ("seed", "epochs", "learning_rate", "dataset", "recipe") for value in WRONG),
+    *({name: 3} for name in ("data", "data_dir", "idx_dir", "dataset")),
+    {"seed": -1},
+    {"learning_rate": float("nan")},
+]
+
+
+@pytest.mark.parametrize("bad", BAD_CONFIGURATIONS, ids=lambda bad: str(bad)[:30])
+def test_a_configuration_of_another_kind_gets_one_sentence(bad, tmp_path):
+    workdir = tmp_path / "run"
+    (workdir / "checkpoints").mkdir(parents=True)
+    good = Config(**RUN).decisive | {"data": "some", "data_dir": "elsewhere"}
+    if isinstance(bad, dict):
+        bad = json.dumps(good | bad)
+    (workdir / "config.json").write_bytes(bad.encode("latin1"))
+    before = contents(workdir)
+    for function in (checkpoints.stored_config, lambda _: training.train(Config(**RUN, workdir=workdir), splits())):
+        with pytest.raises(WorkdirError, match=r"config\.json is damaged: ") as caught:
+            function(workdir)
+        one_sentence(caught.value)
+    assert contents(workdir) == before
+
+
+def test_a_configuration_that_was_cut_or_changed_never_ends_in_a_traceback(uninterrupted, tmp_path):
+    """Every beginning of the file, and every byte of it changed in turn: refused in a sentence, or still readable."""
+    whole = (uninterrupted[0] / "config.json").read_bytes()
+    path = tmp_path / "config.json"
+    refused = 0
+    damaged = [whole[:end] for end in range(len(whole))]
+    damaged += [whole[:i] + bytes([whole[i] ^ bit]) + whole[i + 1 :] for i in range(len(whole)) for bit in (1, 128)]
+    for raw in damaged:
+        path.write_bytes(raw)
+        try:
+            checkpoints.stored_config(tmp_path)
+        except WorkdirError as error:
+            one_sentence(error)
+            refused += 1
+    assert refused > len(damaged) / 2
+
+
 @pytest.mark.parametrize(
     ("bad_update", "message"),
     [(30, "The loss is not finite at step 32, "), (39, "A parameter is not finite at step 40, ")],
