@@ -24,8 +24,9 @@ from filelock import FileLock, Timeout
 
 from mnist.board import write_events
 from mnist.config import Config, ConfigError, UserError
+from mnist.datasets import DATASETS
 from mnist.devices import is_main
-from mnist.idx import Splits
+from mnist.idx import Splits, described
 
 Tree = Any  # of arrays or numbers
 Row = dict[str, int | float]  # of the metrics
@@ -76,7 +77,7 @@ def alone(workdir: Path) -> Generator[None]:
 
 def claim(config: Config, splits: Splits) -> None:
     """Store what decides the result; if an earlier run has stored it: insist that nothing differs."""
-    given: dict[str, Any] = {**config.decisive, "data": sha256(list(splits.values()))[:16]}
+    given: dict[str, Any] = {**config.decisive, "data": named(splits, config)}
     path = config.workdir / "config.json"
     begun = (config.workdir / "checkpoints").exists()  # asked first: another process may be writing both
     if not path.exists():
@@ -94,8 +95,13 @@ def claim(config: Config, splits: Splits) -> None:
     if differing:
         raise WorkdirError(
             f"{config.workdir} holds a run of another configuration ({', '.join(differing)}): "
-            "choose another --workdir, or delete that one."
+            f"choose another one, for example --workdir {config.workdir}-2, or delete it."
         )
+
+
+def named(splits: Splits, config: Config) -> str:
+    """Return what distinguishes the data, for people and by a hash."""
+    return f"{described(splits, DATASETS[config.dataset])} ({sha256(list(splits.values()))[:16]})"
 
 
 def stored_config(workdir: Path) -> Config:

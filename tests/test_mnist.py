@@ -132,6 +132,27 @@ def test_a_stratified_cut_keeps_order_and_class_counts(splits):
     assert np.array_equal(splits["train"].labels[positions], cut.labels)
 
 
+def test_data_are_named_for_a_person():
+    whole = {"train": Digits(np.zeros(60_000), np.zeros(60_000)), "test": Digits(np.zeros(9), np.zeros(9))}
+    assert idx.described(whole, KMNIST) == "all 60,000 training and 9 test images of Kuzushiji-MNIST"
+    assert idx.described(data.load(data.SAMPLE)).startswith("a sample of 10,000 training and 2,000 test images of ")
+
+
+def test_commands_of_readme_and_docs_with_other_data_or_flags_have_a_workdir_each():
+    """So that they work one after the other, in the order in which they stand."""
+    for page in "README.md", "docs/training-mnist.md":
+        flags, places = {}, {}
+        for line in re.findall(r"python train_mnist\.py( --[^`\n]*|)", (ROOT / page).read_text()):
+            words = line.split()
+            if "--help" in words or "--process-id" in words or "--epochs" in words:
+                continue
+            place = words[words.index("--workdir") + 1] if "--workdir" in words else None
+            told = " ".join(word for word in words if word not in ("--workdir", place))
+            assert places.setdefault(place, told) == told, (page, line)
+            assert flags.setdefault(told, place) == place, (page, line)
+        assert len(places) > 1
+
+
 def test_without_an_answer_the_sample_is_used_and_said_so(tiny_mnist, capsys, tmp_path):
     chosen = data.obtain(tmp_path, dataset=tiny_mnist)
     assert len(chosen["train"].labels) == 10_000
@@ -446,7 +467,7 @@ def test_a_process_trains_in_plain_lines_where_stdout_is_no_terminal(splits, tmp
     done = process(*(word for pair in flags.items() for word in pair), folder=tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
     size, configuration, first, second, final, where = done.stdout.splitlines()
-    assert size == "200 training and 50 test images"
+    assert size == "data: a sample of 200 training and 50 test images of MNIST"
     assert configuration.startswith("configuration: dataset mnist, recipe default, dtype float32, seed 0, epochs 2, ")
     assert first.startswith("epoch  1/2   loss ")
     assert second.startswith("epoch  2/2   loss ")

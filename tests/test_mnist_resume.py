@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -157,15 +158,18 @@ def test_another_configuration_is_refused(flags, expected, uninterrupted):
     assert str(workdir) in text
     for part in expected:
         assert part in text
-    assert "data" not in text
+    assert "data is" not in text
     assert contents(workdir) == before
 
 
 def test_other_data_are_refused(uninterrupted):
     workdir, _ = uninterrupted
     before = contents(workdir)
-    with pytest.raises(WorkdirError, match=r"\(data is [0-9a-f]{16} there and [0-9a-f]{16} now\)"):
-        training.train(Config(**RUN, workdir=workdir), {"train": stripes(500, 2), "test": stripes(100, 1)})
+    with pytest.raises(WorkdirError) as caught:
+        training.train(Config(**RUN, workdir=workdir), {"train": stripes(600, 2), "test": stripes(100, 1)})
+    one, other = (rf"a sample of {n} training and 100 test images of MNIST \([0-9a-f]{{16}}\)" for n in (500, 600))
+    assert re.search(rf"\(data is {one} there and {other} now\): choose another one", one_sentence(caught.value))
+    assert f"--workdir {workdir}-2," in str(caught.value)
     assert contents(workdir) == before
 
 
