@@ -23,7 +23,12 @@ def connect(config: Config) -> None:
         raise ConfigError(f"Several processes need {' and '.join(missing)} too.")
     method = cluster() if missing else None
     if method or not missing:
-        jax.distributed.initialize(*flags.values(), cluster_detection_method=method)
+        jax.distributed.initialize(
+            config.coordinator_address,
+            config.num_processes,
+            config.process_id,
+            cluster_detection_method=method,
+        )
 
 
 def cluster() -> str | None:
@@ -45,10 +50,9 @@ def metadata(key: str) -> str:
     """Return what Cloud TPU tells a virtual machine of itself, or nothing where nobody answers."""
     server = os.environ.get("GCE_METADATA_IP", "metadata.google.internal")
     url = f"http://{server}/computeMetadata/v1/instance/attributes/{key}"
+    question = urllib.request.Request(url, headers={"Metadata-Flavor": "Google"})
     try:
-        with urllib.request.urlopen(
-            urllib.request.Request(url, headers={"Metadata-Flavor": "Google"}), timeout=5
-        ) as answer:
+        with urllib.request.urlopen(question, timeout=5) as answer:
             return answer.read().decode()
     except OSError:
         return ""
