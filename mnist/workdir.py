@@ -64,7 +64,10 @@ def alone(workdir: Path) -> Generator[None]:
     if not is_main():
         yield
         return
-    workdir.mkdir(parents=True, exist_ok=True)
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+    except FileExistsError:
+        raise WorkdirError(f"{workdir} is a file, and so cannot hold a run: choose another --workdir.") from None
     try:
         lock = FileLock(workdir / ".lock").acquire(timeout=0)
     except Timeout:

@@ -332,7 +332,18 @@ def halve(path: Path) -> None:
     ("flags", "message"),
     [
         (["--colour", "red"], "Unrecognized options: --colour"),
-        (["--epochs", "many"], "--epochs"),
+        (["--epoch", "3"], "Unrecognized options: --epoch, 3; perhaps you meant --epochs; see --help."),
+        (["train", "--workdi=x"], "; perhaps you meant --workdir; see --help."),
+        (["evaluate", "--workdr", "x"], "; perhaps you meant --workdir; see --help."),
+        (["predict", "x.png", "--workdr", "x"], "; perhaps you meant --workdir; see --help."),
+        (["--epochs", "many"], "--epochs takes a whole number, not many; see --help."),
+        (["--epochs", "a'b"], "--epochs takes a whole number, not a'b; see --help."),
+        (["--seed", "1.5"], "--seed takes a whole number, not 1.5; see --help."),
+        (["--learning-rate", "fast"], "--learning-rate takes a number, not fast; see --help."),
+        (["--epochs"], "Missing value for argument '--epochs'"),
+        (["--dtype", "float16"], "Expected one of ('float32', 'bfloat16'); see --help."),
+        (["evalute"], "There is no command evalute, only train, evaluate, predict; see --help."),
+        (["--workdir", __file__, "--data-dir", str(data.SAMPLE)], f"{__file__} is a file"),
         (["--epochs", "0"], "--epochs is 0"),
         (["--batch-size", "20000", "--data-dir", str(data.SAMPLE)], "only 10000 training images"),
         (["--learning-rate", "nan"], "--learning-rate is nan"),
@@ -345,7 +356,15 @@ def test_wrong_flags_get_one_sentence(flags, message, capsys):
     status, err = command(*flags, capsys=capsys)
     assert status != 0
     assert is_one_sentence(err)
+    assert not re.search(r"[.,]; see|\{None\}|class", err)
     assert message in err
+
+
+@pytest.mark.parametrize("width", ["30", "60", "200"])
+def test_the_terminals_width_does_not_change_a_message(width, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", width)
+    for flags, message in ((["--epochs", "x"], "--epochs takes a whole number, not x"), (["--epoch=3"], "--epochs;")):
+        assert message in command(*flags, capsys=capsys)[1]
 
 
 @pytest.mark.usefixtures("small")
