@@ -46,7 +46,7 @@ class Config:
     seed: int = 0
     """Decides everything random: two runs with the same seed end with the same bits."""
     coordinator_address: str | None = None
-    """Where the first of several processes listens, as HOST:PORT; found automatically on Cloud TPU and Slurm."""
+    """Where the first of several processes listens, as HOST:PORT; found automatically on Cloud TPU, GKE and Slurm."""
     num_processes: int | None = None
     """How many processes train together."""
     process_id: int | None = None

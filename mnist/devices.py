@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import urllib.request
 
 import jax
 import numpy as np
@@ -20,14 +21,41 @@ def connect(config: Config) -> None:
     missing = [flag for flag, value in flags.items() if value is None]
     if 0 < len(missing) < len(flags):
         raise ConfigError(f"Several processes need {' and '.join(missing)} too.")
-    if not missing or in_cluster():
-        jax.distributed.initialize(config.coordinator_address, config.num_processes, config.process_id)
+    method = cluster() if missing else None
+    if method or not missing:
+        jax.distributed.initialize(
+            config.coordinator_address,
+            config.num_processes,
+            config.process_id,
+            cluster_detection_method=method,
+        )
 
 
-def in_cluster() -> bool:
-    """Say whether jax.distributed finds the other processes by itself: in a step of Slurm, and on Cloud TPU."""
-    slurm = int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1
-    return slurm or importlib.util.find_spec("libtpu") is not None
+def cluster() -> str | None:
+    """Return by which of its methods JAX finds the other processes, if the environment says that there are any."""
+    if int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
+        return "slurm"
+    if importlib.util.find_spec("libtpu") is None:
+        return None
+    hosts = os.environ.get("TPU_PROCESS_ADDRESSES", os.environ.get("TPU_WORKER_HOSTNAMES"))
+    if hosts is not None:
+        return "gketpu" if "," in hosts or int(os.environ.get("MEGASCALE_NUM_SLICES", "1")) > 1 else None
+    # JAX has set this when it was imported, if the machine has no TPU: then there is no server of metadata to ask.
+    if "TPU_SKIP_MDS_QUERY" in os.environ:
+        return None
+    return "gcetpu" if "," in metadata("worker-network-endpoints") else None
+
+
+def metadata(key: str) -> str:
+    """Return what Cloud TPU tells a virtual machine of itself, or nothing where nobody answers."""
+    server = os.environ.get("GCE_METADATA_IP", "metadata.google.internal")
+    url = f"http://{server}/computeMetadata/v1/instance/attributes/{key}"
+    question = urllib.request.Request(url, headers={"Metadata-Flavor": "Google"})
+    try:
+        with urllib.request.urlopen(question, timeout=5) as answer:
+            return answer.read().decode()
+    except OSError:
+        return ""
 
 
 def make_mesh() -> Mesh:

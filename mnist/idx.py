@@ -19,6 +19,7 @@ from mnist.config import UserError
 from mnist.datasets import MNIST, Dataset
 
 PREFIXES = {"train": "train", "test": "t10k"}
+ALL = 60_000  # training images in the official files of each data set
 LONGEST = 64 << 20  # bytes; no official file, compressed or not, is longer
 NETWORK_ERRORS = (OSError, http.client.HTTPException)  # urllib's own errors are OSErrors
 
@@ -128,6 +129,14 @@ def decode(read: Callable[[str], bytes]) -> Splits:
         return Digits(images[..., None], labels)
 
     return {name: split(prefix) for name, prefix in PREFIXES.items()}
+
+
+def described(splits: Splits, dataset: Dataset = MNIST) -> str:
+    """Name the data for a person: the official files are whole, or this is a sample of them."""
+    train, test = (len(splits[name].labels) for name in PREFIXES)
+    return (
+        f"{'all' if train == ALL else 'a sample of'} {train:,} training and {test:,} test images of {dataset.title}"
+    )
 
 
 def parse(content: bytes) -> NDArray[np.uint8]:

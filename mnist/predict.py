@@ -11,11 +11,12 @@ from PIL import Image, ImageOps
 
 from mnist.checkpoints import restore_params
 from mnist.config import Config, UserError
-from mnist.data import obtain, sentence
+from mnist.data import SAMPLE, directory, load, obtain, sentence
 from mnist.datasets import DATASETS
 from mnist.evaluation import probabilities
+from mnist.idx import DataError, Splits, described
 from mnist.report import accuracy, negative_log_likelihood
-from mnist.workdir import stored_config
+from mnist.workdir import named, read_config, stored_config
 
 Floats = NDArray[np.float32]
 
@@ -54,10 +55,25 @@ def evaluate(flags: Evaluate) -> None:
     """Print how well the run's network does on the test images."""
     config = stored_config(flags.workdir)
     params = restore_params(flags.workdir)
-    images, labels = obtain(config.data_dir, config.idx_dir, DATASETS[config.dataset])["test"]
+    splits = data_of(flags.workdir)
+    print(f"data: {described(splits, DATASETS[config.dataset])}")
+    images, labels = splits["test"]
     p = probabilities(config, params, images)
     loss = negative_log_likelihood(p, labels)
     print(f"{len(labels):,} test images   accuracy {accuracy(p, labels):.2%}   loss {loss:.4f}")
+
+
+def data_of(workdir: Path) -> Splits:
+    """Return the data that the run was trained on: the carried sample, or what is found where the run found it."""
+    config, wanted = stored_config(workdir), read_config(workdir)["data"]
+    dataset = DATASETS[config.dataset]
+    # The sample first: who trained on it may have no network, or has prepared all of the data since.
+    if directory(SAMPLE, dataset).exists() and named(sample := load(SAMPLE, dataset), config) == wanted:
+        return sample
+    found = obtain(config.data_dir, config.idx_dir, dataset)
+    if named(found, config) != wanted:
+        raise DataError(f"{workdir} was trained on {wanted}, but what is found now is {named(found, config)}.")
+    return found
 
 
 def predict(flags: Predict) -> None:

@@ -6,6 +6,7 @@ from mnist.data import obtain
 from mnist.datasets import DATASETS
 from mnist.devices import connect, is_main
 from mnist.evaluation import VIEWS, probabilities
+from mnist.idx import described
 from mnist.terminal import say
 from mnist.training import fingerprint
 from mnist.training import train as fit
@@ -17,8 +18,7 @@ def train(config: Config) -> None:
     connect(config)
     dataset = DATASETS[config.dataset]
     splits = obtain(config.data_dir.expanduser(), config.idx_dir, dataset)
-    train_size, test_size = (len(splits[split].labels) for split in ("train", "test"))
-    say(f"{train_size:,} training and {test_size:,} test images")
+    say(f"data: {described(splits, dataset)}")
     with alone(config.workdir):
         result = fit(config, splits)
         p = probabilities(config, result.params, splits["test"].images)  # by all processes together

@@ -16,22 +16,24 @@ from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import jax
 import numpy as np
 from filelock import FileLock, Timeout
 
 from mnist.board import write_events
-from mnist.config import Config, UserError
+from mnist.config import Config, ConfigError, UserError
+from mnist.datasets import DATASETS
 from mnist.devices import is_main
-from mnist.idx import Splits
+from mnist.idx import Splits, described
 
 Tree = Any  # of arrays or numbers
 Row = dict[str, int | float]  # of the metrics
 History = list[Row]
 
 PLACES = ("data_dir", "idx_dir")  # decide nothing: what lies there is hashed
+CHOICES = {name: get_args(hint) for name, hint in get_type_hints(Config).items() if get_origin(hint) is Literal}
 
 
 class WorkdirError(UserError):
@@ -62,7 +64,10 @@ def alone(workdir: Path) -> Generator[None]:
     if not is_main():
         yield
         return
-    workdir.mkdir(parents=True, exist_ok=True)
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+    except FileExistsError:
+        raise WorkdirError(f"{workdir} is a file, and so cannot hold a run: choose another --workdir.") from None
     try:
         lock = FileLock(workdir / ".lock").acquire(timeout=0)
     except Timeout:
@@ -75,7 +80,7 @@ def alone(workdir: Path) -> Generator[None]:
 
 def claim(config: Config, splits: Splits) -> None:
     """Store what decides the result; if an earlier run has stored it: insist that nothing differs."""
-    given: dict[str, Any] = {**config.decisive, "data": sha256(list(splits.values()))[:16]}
+    given: dict[str, Any] = {**config.decisive, "data": named(splits, config)}
     path = config.workdir / "config.json"
     begun = (config.workdir / "checkpoints").exists()  # asked first: another process may be writing both
     if not path.exists():
@@ -88,20 +93,32 @@ def claim(config: Config, splits: Splits) -> None:
         return
     stored = read_config(config.workdir)
     differing = [
-        f"{name} is {stored.get(name, 'not known')} there and {given.get(name, 'not known')} now"
-        for name in dict.fromkeys([*given, *stored])
-        if name not in PLACES and stored.get(name) != given.get(name)
+        f"{name} is {stored[name]} there and {value} now" for name, value in given.items() if stored[name] != value
     ]
     if differing:
         raise WorkdirError(
             f"{config.workdir} holds a run of another configuration ({', '.join(differing)}): "
-            "choose another --workdir, or delete that one."
+            f"choose another one, for example --workdir {config.workdir}-2, or delete it."
         )
+
+
+def named(splits: Splits, config: Config) -> str:
+    """Return what distinguishes the data, for people and by a hash."""
+    return f"{described(splits, DATASETS[config.dataset])} ({sha256(list(splits.values()))[:16]})"
 
 
 def stored_config(workdir: Path) -> Config:
     """Return the configuration of the run in `workdir`."""
-    stored = read_config(workdir)
+    return as_config(read_config(workdir), workdir)
+
+
+def as_config(stored: dict[str, Any], workdir: Path) -> Config:
+    """Return what `claim` has stored as a configuration; ValueError says what in it cannot be that."""
+    examples = Config().decisive | {"data": ""} | {name: "" for name in PLACES if name in stored}
+    for name, example in examples.items():
+        value = stored.get(name)
+        if type(value) is not type(example) or value not in CHOICES.get(name, [value]):
+            raise ValueError(f"{name} cannot be {json.dumps(value)}")
     flags: dict[str, Any] = {field.name: stored[field.name] for field in fields(Config) if field.name in stored}
     flags |= {name: Path(stored[name]) for name in PLACES if name in stored}
     return Config(**flags, workdir=workdir)
@@ -112,9 +129,13 @@ def read_config(workdir: Path) -> dict[str, Any]:
     if not path.is_file():
         raise WorkdirError(f"{workdir} holds no run: there is no {path}.")
     try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except ValueError as error:
-        raise WorkdirError(f"{path} is damaged: {error}.") from error
+        stored = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(stored, dict):
+            raise ValueError("it is no object")
+        as_config(stored, workdir)
+    except (ValueError, RecursionError, ConfigError) as error:
+        raise WorkdirError(f"{path} is damaged: {str(error).rstrip('.')}.") from error
+    return stored
 
 
 def write_metrics(workdir: Path, history: History) -> None:

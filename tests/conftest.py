@@ -1,7 +1,19 @@
-"""Settings of hypothesis (HYPOTHESIS_PROFILE or `pytest --hypothesis-profile` choose one), and implementations."""
+"""How many cases run, settings of hypothesis, and implementations.
+
+`pytest` runs every kind of test, `pytest --all` every case, and `pytest --rest` what the first leaves out of the
+second. Marked are tests that repeat with more cases, train for long, or compile for many shapes:
+
+    @pytest.mark.more               not by default
+    @pytest.mark.more(one_in=5)     by default the first of every five cases
+    @pytest.mark.more(inside=True)  always, since the test itself runs fewer by default
+
+How many cases a fuzz test draws is a profile of hypothesis, which HYPOTHESIS_PROFILE chooses, too.
+"""
 
 import functools
+import itertools
 import os
+from collections import defaultdict
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -9,11 +21,42 @@ from hypothesis import HealthCheck, settings
 import jaxent
 from jaxent._kernels import implementations, native
 
-# How many cases a fuzz test draws. The first call of every shape compiles: no deadline.
+# The first call of every shape compiles: no deadline.
 _COMMON = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
-settings.register_profile("default", _COMMON, max_examples=50, derandomize=True)  # the same cases on every run
+settings.register_profile("few", _COMMON, max_examples=10, derandomize=True)  # the same cases on every run
+settings.register_profile("all", _COMMON, max_examples=50, derandomize=True)
 settings.register_profile("nightly", _COMMON, max_examples=500)
-settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
+
+
+def pytest_addoption(parser):
+    parser.addoption("--all", action="store_true", help="run all cases of all tests")
+    parser.addoption("--rest", action="store_true", help="run what --all would and the default would not")
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "more(one_in, inside): runs, or has more cases, with --all")
+    many = config.option.all or config.option.rest
+    settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "all" if many else "few"))
+
+
+def pytest_collection_modifyitems(config, items):
+    if config.option.all:
+        return
+    number = defaultdict(itertools.count)  # of each test's case
+    chosen = [_runs(item, next(number[item.function]), config.option.rest) for item in items]
+    config.hook.pytest_deselected(items=[item for item, runs in zip(items, chosen, strict=True) if not runs])
+    items[:] = itertools.compress(items, chosen)
+
+
+def _runs(item, number, rest):
+    """Say whether the case of this number runs by default, or as one of the rest."""
+    if "hypothesis" in item.keywords:
+        return True
+    marker = item.get_closest_marker("more")
+    if marker is None or marker.kwargs.get("inside"):
+        return marker is not None or not rest
+    one_in = marker.kwargs.get("one_in")
+    return rest != (one_in is not None and number % one_in == 0)
 
 
 @functools.cache  # one object each, so that what jit has compiled for it is found again

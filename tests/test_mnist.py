@@ -132,6 +132,27 @@ def test_a_stratified_cut_keeps_order_and_class_counts(splits):
     assert np.array_equal(splits["train"].labels[positions], cut.labels)
 
 
+def test_data_are_named_for_a_person():
+    whole = {"train": Digits(np.zeros(60_000), np.zeros(60_000)), "test": Digits(np.zeros(9), np.zeros(9))}
+    assert idx.described(whole, KMNIST) == "all 60,000 training and 9 test images of Kuzushiji-MNIST"
+    assert idx.described(data.load(data.SAMPLE)).startswith("a sample of 10,000 training and 2,000 test images of ")
+
+
+def test_commands_of_readme_and_docs_with_other_data_or_flags_have_a_workdir_each():
+    """So that they work one after the other, in the order in which they stand."""
+    for page in "README.md", "docs/training-mnist.md":
+        flags, places = {}, {}
+        for line in re.findall(r"python train_mnist\.py( --[^`\n]*|)", (ROOT / page).read_text()):
+            words = line.split()
+            if "--help" in words or "--process-id" in words or "--epochs" in words:
+                continue
+            place = words[words.index("--workdir") + 1] if "--workdir" in words else None
+            told = " ".join(word for word in words if word not in ("--workdir", place))
+            assert places.setdefault(place, told) == told, (page, line)
+            assert flags.setdefault(told, place) == place, (page, line)
+        assert len(places) > 1
+
+
 def test_without_an_answer_the_sample_is_used_and_said_so(tiny_mnist, capsys, tmp_path):
     chosen = data.obtain(tmp_path, dataset=tiny_mnist)
     assert len(chosen["train"].labels) == 10_000
@@ -311,7 +332,18 @@ def halve(path: Path) -> None:
     ("flags", "message"),
     [
         (["--colour", "red"], "Unrecognized options: --colour"),
-        (["--epochs", "many"], "--epochs"),
+        (["--epoch", "3"], "Unrecognized options: --epoch, 3; perhaps you meant --epochs; see --help."),
+        (["train", "--workdi=x"], "; perhaps you meant --workdir; see --help."),
+        (["evaluate", "--workdr", "x"], "; perhaps you meant --workdir; see --help."),
+        (["predict", "x.png", "--workdr", "x"], "; perhaps you meant --workdir; see --help."),
+        (["--epochs", "many"], "--epochs takes a whole number, not many; see --help."),
+        (["--epochs", "a'b"], "--epochs takes a whole number, not a'b; see --help."),
+        (["--seed", "1.5"], "--seed takes a whole number, not 1.5; see --help."),
+        (["--learning-rate", "fast"], "--learning-rate takes a number, not fast; see --help."),
+        (["--epochs"], "Missing value for argument '--epochs'"),
+        (["--dtype", "float16"], "Expected one of ('float32', 'bfloat16'); see --help."),
+        (["evalute"], "There is no command evalute, only train, evaluate, predict; see --help."),
+        (["--workdir", __file__, "--data-dir", str(data.SAMPLE)], f"{__file__} is a file"),
         (["--epochs", "0"], "--epochs is 0"),
         (["--batch-size", "20000", "--data-dir", str(data.SAMPLE)], "only 10000 training images"),
         (["--learning-rate", "nan"], "--learning-rate is nan"),
@@ -324,7 +356,15 @@ def test_wrong_flags_get_one_sentence(flags, message, capsys):
     status, err = command(*flags, capsys=capsys)
     assert status != 0
     assert is_one_sentence(err)
+    assert not re.search(r"[.,]; see|\{None\}|class", err)
     assert message in err
+
+
+@pytest.mark.parametrize("width", ["30", "60", "200"])
+def test_the_terminals_width_does_not_change_a_message(width, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", width)
+    for flags, message in ((["--epochs", "x"], "--epochs takes a whole number, not x"), (["--epoch=3"], "--epochs;")):
+        assert message in command(*flags, capsys=capsys)[1]
 
 
 @pytest.mark.usefixtures("small")
@@ -446,7 +486,7 @@ def test_a_process_trains_in_plain_lines_where_stdout_is_no_terminal(splits, tmp
     done = process(*(word for pair in flags.items() for word in pair), folder=tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
     size, configuration, first, second, final, where = done.stdout.splitlines()
-    assert size == "200 training and 50 test images"
+    assert size == "data: a sample of 200 training and 50 test images of MNIST"
     assert configuration.startswith("configuration: dataset mnist, recipe default, dtype float32, seed 0, epochs 2, ")
     assert first.startswith("epoch  1/2   loss ")
     assert second.startswith("epoch  2/2   loss ")

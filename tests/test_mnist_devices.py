@@ -6,7 +6,9 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import jax
@@ -131,6 +133,75 @@ def forward(config: Config, params: object) -> jax.Array:
 def test_a_process_with_some_flags_only_gets_one_sentence():
     with pytest.raises(ConfigError, match=r"^Several processes need --coordinator-address and --process-id too\.$"):
         devices.connect(Config(num_processes=2))
+
+
+TPU_VARIABLES = ("TPU_PROCESS_ADDRESSES", "TPU_WORKER_HOSTNAMES", "MEGASCALE_NUM_SLICES", "TPU_SKIP_MDS_QUERY")
+
+
+@pytest.fixture
+def with_libtpu(monkeypatch):
+    """Let libtpu be found on a machine of which the environment says nothing."""
+    for name in ("SLURM_STEP_NUM_TASKS", *TPU_VARIABLES):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(devices.importlib.util, "find_spec", lambda name: name)
+
+
+@pytest.mark.usefixtures("with_libtpu")
+@pytest.mark.parametrize(
+    ("variables", "method"),
+    [
+        ({"TPU_SKIP_MDS_QUERY": "1"}, None),
+        ({"SLURM_STEP_NUM_TASKS": "1", "TPU_SKIP_MDS_QUERY": "1"}, None),
+        ({"SLURM_STEP_NUM_TASKS": "2"}, "slurm"),
+        ({"TPU_WORKER_HOSTNAMES": "localhost"}, None),
+        ({"TPU_WORKER_HOSTNAMES": "a,b"}, "gketpu"),
+        ({"TPU_PROCESS_ADDRESSES": "a:8471,b:8471"}, "gketpu"),
+        ({"TPU_WORKER_HOSTNAMES": "a", "MEGASCALE_NUM_SLICES": "2"}, "gketpu"),
+        ({"GCE_METADATA_IP": "127.0.0.1:1"}, None),  # where nobody answers
+    ],
+)
+def test_several_processes_start_when_the_environment_says_so(variables, method, monkeypatch):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    begun = []
+    monkeypatch.setattr(jax.distributed, "initialize", lambda *_, **options: begun.append(options))
+    devices.connect(Config())
+    assert [options["cluster_detection_method"] for options in begun] == [method] * (method is not None)
+
+
+@pytest.mark.usefixtures("with_libtpu")
+@pytest.mark.parametrize(("workers", "method"), [("u:0:10.0.0.1", None), ("u:0:10.0.0.1,u:1:10.0.0.2", "gcetpu")])
+def test_cloud_tpu_is_asked_for_its_workers(workers, method, monkeypatch):
+    class Metadata(BaseHTTPRequestHandler):
+        def do_GET(self):
+            known = self.path.endswith("/attributes/worker-network-endpoints")
+            self.send_response(200 if known and self.headers["Metadata-Flavor"] == "Google" else 404)
+            self.end_headers()
+            self.wfile.write(workers.encode())
+
+        def log_message(self, *_):
+            pass
+
+    with HTTPServer(("127.0.0.1", 0), Metadata) as server:
+        threading.Thread(target=server.handle_request, daemon=True).start()
+        monkeypatch.setenv("GCE_METADATA_IP", f"127.0.0.1:{server.server_port}")
+        assert devices.cluster() == method
+
+
+def test_libtpu_alone_starts_no_processes(tmp_path):
+    """With a libtpu that can be imported, as JAX does, and no TPU."""
+    (tmp_path / "libtpu.py").write_text("def get_library_path(): return 'libtpu.so'")
+    script = "from mnist import config, devices; devices.connect(config.Config()); print(devices.is_main())"
+    path = os.pathsep.join([str(tmp_path), str(HERE.parent)])
+    unsaid = {name: value for name, value in os.environ.items() if name not in TPU_VARIABLES}
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        env=unsaid | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.stdout, done.stderr) == ("True\n", "")
 
 
 def free_port() -> int:

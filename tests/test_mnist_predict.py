@@ -20,6 +20,7 @@ from PIL import Image, ImageDraw, ImageFont
 import train_mnist
 from mnist import data, predict
 from mnist.datasets import DATASETS, FASHION_MNIST, MNIST
+from mnist.idx import Digits
 
 DIGITS = data.load(data.SAMPLE)["test"]
 CHOSEN = range(0, 2000, 40)  # fifty digits, five of each class or about as many
@@ -163,6 +164,35 @@ def test_evaluate_prints_what_training_ended_with(training, capsys):
     assert re.fullmatch(rf"2,000 test images   accuracy {accuracy}   loss 0\.\d{{4}}", out.splitlines()[-1])
     assert f"| accuracy | {accuracy} |" in (workdir / "report" / "README.md").read_text()
     assert float(accuracy.rstrip("%")) > 97
+
+
+def evaluate_after(change, workdir, copy, capsys):
+    """Evaluate a copy of a run whose configuration has been changed."""
+    shutil.copytree(workdir, copy)
+    stored = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps(stored | change))
+    return command("evaluate", "--workdir", copy, capsys=capsys)
+
+
+def test_evaluate_takes_the_data_that_the_run_was_trained_on(workdir, tmp_path, capsys):
+    """Though other data are prepared now."""
+    data.prepare({"train": draw(60, 0), "test": draw(50, 1)}, tmp_path / "data")
+    now = {"data_dir": str(tmp_path / "data")}
+    status, out, err = evaluate_after(now, workdir, tmp_path / "a", capsys)
+    assert (status, err) == (0, "")
+    data_line, scores = out.splitlines()
+    assert data_line == "data: a sample of 10,000 training and 2,000 test images of MNIST"
+    assert scores.startswith("2,000 test images ")
+    was = "a sample of 70 training and 50 test images of MNIST (0123456789abcdef)"
+    status, out, err = evaluate_after(now | {"data": was}, workdir, tmp_path / "b", capsys)
+    assert (status, out) == (1, "")
+    assert is_one_sentence(err)
+    assert f"was trained on {was}, but what is found now is a sample of 60 training and 50 test" in err
+
+
+def draw(count, seed):
+    images = np.random.default_rng(seed).integers(0, 256, (count, 28, 28, 1), np.uint8)
+    return Digits(images, np.arange(count, dtype=np.uint8) % 10)
 
 
 def test_the_run_leaves_a_report(workdir):

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -157,15 +158,18 @@ def test_another_configuration_is_refused(flags, expected, uninterrupted):
     assert str(workdir) in text
     for part in expected:
         assert part in text
-    assert "data" not in text
+    assert "data is" not in text
     assert contents(workdir) == before
 
 
 def test_other_data_are_refused(uninterrupted):
     workdir, _ = uninterrupted
     before = contents(workdir)
-    with pytest.raises(WorkdirError, match=r"\(data is [0-9a-f]{16} there and [0-9a-f]{16} now\)"):
-        training.train(Config(**RUN, workdir=workdir), {"train": stripes(500, 2), "test": stripes(100, 1)})
+    with pytest.raises(WorkdirError) as caught:
+        training.train(Config(**RUN, workdir=workdir), {"train": stripes(600, 2), "test": stripes(100, 1)})
+    one, other = (rf"a sample of {n} training and 100 test images of MNIST \([0-9a-f]{{16}}\)" for n in (500, 600))
+    assert re.search(rf"\(data is {one} there and {other} now\): choose another one", one_sentence(caught.value))
+    assert f"--workdir {workdir}-2," in str(caught.value)
     assert contents(workdir) == before
 
 
@@ -253,6 +257,55 @@ def test_a_missing_or_damaged_configuration_gets_one_sentence(uninterrupted, tmp
         training.train(Config(**RUN, workdir=workdir), splits())
     one_sentence(caught.value)
     assert not (workdir / "config.json").exists()
+
+
+WRONG = (None, "x", [1], True, {})
+BAD_CONFIGURATIONS = [
+    "",
+    "{",
+    "[1]",
+    "null",
+    "[" * 100_000,
+    "\x00\xff",
+    '{"epochs": "x"}',
+    *({name: value} for name in ("seed", "epochs", "learning_rate", "dataset", "recipe") for value in WRONG),
+    *({name: 3} for name in ("data", "data_dir", "idx_dir", "dataset")),
+    {"seed": -1},
+    {"learning_rate": float("nan")},
+]
+
+
+@pytest.mark.parametrize("bad", BAD_CONFIGURATIONS, ids=lambda bad: str(bad)[:30])
+def test_a_configuration_of_another_kind_gets_one_sentence(bad, tmp_path):
+    workdir = tmp_path / "run"
+    (workdir / "checkpoints").mkdir(parents=True)
+    good = Config(**RUN).decisive | {"data": "some", "data_dir": "elsewhere"}
+    if isinstance(bad, dict):
+        bad = json.dumps(good | bad)
+    (workdir / "config.json").write_bytes(bad.encode("latin1"))
+    before = contents(workdir)
+    for function in (checkpoints.stored_config, lambda _: training.train(Config(**RUN, workdir=workdir), splits())):
+        with pytest.raises(WorkdirError, match=r"config\.json is damaged: ") as caught:
+            function(workdir)
+        one_sentence(caught.value)
+    assert contents(workdir) == before
+
+
+def test_a_configuration_that_was_cut_or_changed_never_ends_in_a_traceback(uninterrupted, tmp_path):
+    """Every beginning of the file, and every byte of it changed in turn: refused in a sentence, or still readable."""
+    whole = (uninterrupted[0] / "config.json").read_bytes()
+    path = tmp_path / "config.json"
+    refused = 0
+    damaged = [whole[:end] for end in range(len(whole))]
+    damaged += [whole[:i] + bytes([whole[i] ^ bit]) + whole[i + 1 :] for i in range(len(whole)) for bit in (1, 128)]
+    for raw in damaged:
+        path.write_bytes(raw)
+        try:
+            checkpoints.stored_config(tmp_path)
+        except WorkdirError as error:
+            one_sentence(error)
+            refused += 1
+    assert refused > len(damaged) / 2
 
 
 @pytest.mark.parametrize(
