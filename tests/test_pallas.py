@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from jaxent._class_axis import ClassAxis
-from jaxent._kernels import tpu, xla
+from jaxent._kernels import gpu, tpu, xla
 from jaxent._kernels.rows import FUNCTIONS
 
 # One row; rows that fill no tile, in one batch and in several; several groups of a block, and a last one in part;
@@ -20,8 +20,10 @@ ULP = {"float32": 2.0**-23, "bfloat16": 2.0**-8}
 
 @pytest.fixture(autouse=True)
 def interpreted(monkeypatch):
-    monkeypatch.setattr(tpu, "INTERPRET", True)
+    for machine in (tpu, gpu):
+        monkeypatch.setattr(machine, "INTERPRET", True)
     monkeypatch.setattr(tpu, "STEP", 32)  # shorter programs, and loops at fewer classes
+    monkeypatch.setattr(gpu, "BLOCK", 1024)
 
 
 def _arrays(shape, dtype):
@@ -45,15 +47,16 @@ def _arrays(shape, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_it_computes_what_the_plain_form_does(shape, dtype):
+@pytest.mark.parametrize("machine", [tpu, gpu], ids=["tpu", "gpu"])
+def test_it_computes_what_the_plain_form_does(machine, shape, dtype):
     arrays, axis = _arrays(shape, dtype), ClassAxis(len(shape) - 1)
     for name, function in FUNCTIONS.items():
         # What a loss's pullback asks for: half precision in, and float32 out.
         out = "float32" if len(shape) == 1 else dtype
         options = {"dtype": jnp.dtype(out)} if function.entry else {}
         args = [jnp.asarray(arrays[a]) for a in function.arguments]
-        assert tpu.refusal(name, *args, axis=axis, **options) is None
-        got = jax.jit(functools.partial(getattr(tpu, name), axis=axis, **options))(*args)
+        assert machine.refusal(name, *args, axis=axis, **options) is None
+        got = jax.jit(functools.partial(getattr(machine, name), axis=axis, **options))(*args)
         want = getattr(xla, name)(*args, axis=axis, **options)
         for g, w in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
             assert (g.dtype, g.shape) == (w.dtype, w.shape), name

@@ -1,9 +1,9 @@
 """The seam between meaning and machines: every row function is a JAX primitive, and its lowering picks the kernel.
 
 `xla.py` has the plain form of each. A machine's file beside it, named in `MACHINES`, has functions of the same names
-and arguments for what it does better, and says in `refusal` which arguments it does not take, and maybe in `unasked` where
-it serves by name only; one that wants to see what its arguments are made of has a lowering rule of its own, in
-`LOWERING`. Nothing here knows of derivatives, of
+and arguments for what it does better. It says in `refusal` which arguments it does not take, and maybe in `unasked` where it
+serves by name only; one that wants to see what its arguments are made of has a lowering rule of its own, in `LOWERING`.
+Nothing here knows of derivatives, of
 what labels mean, of weights or of reductions.
 """
 
@@ -35,6 +35,7 @@ class Machine(NamedTuple):
 MACHINES = {  # by platform, as JAX calls it when it lowers
     "cpu": Machine("jaxent._kernels.native", "native"),
     "tpu": Machine("jaxent._kernels.tpu", "pallas"),
+    "cuda": Machine("jaxent._kernels.gpu", "pallas"),
 }
 
 
