@@ -20,7 +20,7 @@ from .rows import FUNCTIONS, Function, Part, Rows
 
 INTERPRET: Any = False  # tests run the kernels on CPUs
 BLOCK = 8192  # classes, at most
-ENTRIES = 16  # of a block that a thread has
+ENTRIES = 8  # of a block that a thread has
 WARP = 32
 LARGEST = 2**31 - 1  # entries that indices of 32 bits count
 
@@ -59,7 +59,9 @@ def _kernel(function: Function, classes: int, block: int, *refs: Any) -> None:
 
     def collect(i: Any, so_far: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         inside, of_part = part(i, m)
-        return tuple(jnp.where(inside, *both) for both in zip(function.collect(of_part, *so_far), so_far, strict=True))
+        return tuple(
+            jnp.where(inside, *both) for both in zip(function.collect(of_part, *so_far), so_far, strict=True)
+        )
 
     def write(i: Any, _: Any) -> None:
         inside, of_part = part(i, m)
@@ -85,6 +87,12 @@ def _function(name: str) -> Callable[..., Any]:
         shape = arrays[0].shape
         rows, classes = math.prod(shape[:-1]), shape[-1]
         block = min(BLOCK, pl.next_power_of_2(classes))
+
+        def laid_out(x: jax.Array, kind: str) -> jax.Array:
+            if kind in "xt":
+                return x.reshape(rows, classes)
+            return (jnp.clip(x, -1, classes).astype(jnp.int32) if kind == "y" else x).reshape(rows)
+
         out_shapes = {"o": ((rows, classes), dtype), "s": ((rows,), jnp.float32)}
         out = pl.pallas_call(
             partial(_kernel, function, classes, block),
@@ -93,14 +101,7 @@ def _function(name: str) -> Callable[..., Any]:
             compiler_params=plgpu.CompilerParams(num_warps=max(1, block // (WARP * ENTRIES)), num_stages=2),
             name=f"jaxent_{name}",
             interpret=INTERPRET,
-        )(
-            *(
-                x.reshape((rows, classes) if kind in "xt" else (rows,)).astype(
-                    x.dtype if kind in "xt" else jnp.int32 if kind == "y" else jnp.float32
-                )
-                for x, kind in zip(arrays, function.arguments, strict=True)
-            )
-        )
+        )(*(laid_out(x, kind) for x, kind in zip(arrays, function.arguments, strict=True)))
         results = tuple(
             x.reshape(shape if kind == "o" else shape[:-1]) for x, kind in zip(out, function.results, strict=True)
         )
@@ -109,9 +110,7 @@ def _function(name: str) -> Callable[..., Any]:
     return served
 
 
-def refusal(
-    name: str, x: Any, *others: Any, axis: ClassAxis, dtype: DTypeLike = jnp.float32, **_: Any
-) -> str | None:
+def refusal(name: str, x: Any, *others: Any, axis: ClassAxis, dtype: DTypeLike = jnp.float32, **_: Any) -> str | None:
     """Why that function is not computed here for such arguments."""
     if name not in FUNCTIONS:
         return f"it has no {name}"

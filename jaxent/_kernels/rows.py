@@ -87,7 +87,7 @@ def _log_total(total: Row, others: Row) -> Row:
 
 def _threshold(total: Row) -> Row:
     """What only a dominant class's exponential exceeds."""
-    return jnp.where(total < _DOMINATED, 0.75, 2.0)
+    return jnp.where(total < _DOMINATED, 0.75, total)
 
 
 # softmax and log_softmax
@@ -173,11 +173,11 @@ def _loss_gradient_rows(rows: Rows, others: Row, gaps: Row, of_label: Row) -> Fi
     y, a, u, z = rows.given
     total, shared, shift = others + own, u + 2.0 * z * losses[2], u / rows.classes
     of_label = jnp.where(y < 0, 0.0, (shared * own - a * others) / total - shift)
-    return losses, (jnp.where(y < 0, 1.0, 0.0), of_label, (a + shared) / total, shift)
+    return losses, (y, of_label, (a + shared) / total, shift)
 
 
-def _loss_gradient(part: Part, ignored: Row, of_label: Row, scale: Row, shift: Row) -> Entries:
-    return jnp.where(part.label | (ignored != 0.0), of_label, part.e * scale - shift)
+def _loss_gradient(part: Part, y: Row, of_label: Row, scale: Row, shift: Row) -> Entries:
+    return jnp.where(part.label | (y < 0), of_label, part.e * scale - shift)
 
 
 # The loss of probabilities
