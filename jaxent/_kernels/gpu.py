@@ -16,7 +16,7 @@ from jax.experimental.pallas import triton as plgpu
 from jax.typing import DTypeLike
 
 from .._class_axis import ClassAxis
-from .rows import FUNCTIONS, Function, Part, Rows
+from .rows import FUNCTIONS, Function, Part, Rows, repeat
 
 INTERPRET: Any = False  # tests run the kernels on CPUs
 BLOCK = 8192  # classes, at most
@@ -26,7 +26,7 @@ LARGEST = 2**31 - 1  # entries that indices of 32 bits count
 
 
 def _kernel(function: Function, classes: int, block: int, *refs: Any) -> None:
-    row = pl.program_id(0)
+    row, entry = pl.program_id(0), function.entry
     names = function.arguments + function.results
     wide, labels, given, out_rows, out = (
         [ref for ref, name in zip(refs, names, strict=True) if name in some] for some in ("xt", "y", "yr", "s", "o")
@@ -63,20 +63,21 @@ def _kernel(function: Function, classes: int, block: int, *refs: Any) -> None:
             jnp.where(inside, *both) for both in zip(function.collect(of_part, *so_far), so_far, strict=True)
         )
 
-    def write(i: Any, _: Any) -> None:
-        inside, of_part = part(i, m)
-        entries = function.entry(of_part, *coefficients).astype(out[0].dtype)
-        plgpu.store(out[0].at[place(i)], entries, mask=inside)
-
-    each = (lambda f, start: f(0, start)) if blocks == 1 else partial(jax.lax.fori_loop, 0, blocks)
-    m = jnp.max(each(maximum, jnp.full((block,), -jnp.inf, jnp.float32)))
-    sums = each(collect, (jnp.zeros((block,), jnp.float32),) * function.sums)
+    m = jnp.max(repeat(blocks, maximum, jnp.full((block,), -jnp.inf, jnp.float32)))
+    sums = repeat(blocks, collect, (jnp.zeros((block,), jnp.float32),) * function.sums)
     known = Rows(m, classes, tuple(ref[row] for ref in given))
     results, coefficients = function.finish(known, *map(jnp.sum, sums))
     for ref, result in zip(out_rows, results, strict=True):
         ref[row] = result
-    if out:
-        each(write, None)
+    if entry is None:
+        return
+
+    def write(i: Any, _: Any) -> None:
+        inside, of_part = part(i, m)
+        entries = entry(of_part, *coefficients).astype(out[0].dtype)
+        plgpu.store(out[0].at[place(i)], entries, mask=inside)
+
+    repeat(blocks, write, None)
 
 
 def _function(name: str) -> Callable[..., Any]:

@@ -7,8 +7,9 @@ $x_k - m$ is 0 without saying so.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
@@ -24,8 +25,8 @@ class Part(NamedTuple):
     x: Entries
     m: Row  # the largest logit
     e: Entries  # exp(x - m)
-    t: Entries  # the other array of the logits' shape, if there is one
-    label: Bool[Array, "..."]  # if there are labels
+    t: Any  # the entries of the other array of the logits' shape, if there is one
+    label: Any  # a mask, if there are labels
 
     @property
     def largest(self) -> Bool[Array, "..."]:
@@ -59,6 +60,11 @@ class Function(NamedTuple):
     finish: Callable[..., Finished]  # of Rows and the sums
     entry: Callable[..., Entries] | None = None  # of a Part and the coefficients
     keeps: bool = False  # whether `entry` needs exponentials
+
+
+def repeat(n: int, f: Callable[[Any, Any], Any], start: Any) -> Any:
+    """`f` of 0 to n - 1 and of what came before; of 0 as a number where that is all."""
+    return f(0, start) if n == 1 else jax.lax.fori_loop(0, n, f, start)
 
 
 def _collect_total(part: Part, total: Entries) -> Sums:

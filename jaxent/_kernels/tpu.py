@@ -1,8 +1,8 @@
 """Kernels for TPUs, by Pallas: blocks of whole rows in fast memory, so that logits are read once and written once.
 
 A block is worked on in groups of rows, and a group in parts of its classes, for its maximum, its sums and its entries
-(rows.py). What there is of each row, its label or its sum, lies across the lanes of a (rows of a group, groups) array,
-a column a group: so the arithmetic of rows is done for all of them at once, and takes little memory.
+(rows.py). What there is of each row, its label or its sum, lies across the lanes of an array of (rows of a group,
+groups), a column a group: so the arithmetic of rows is done for all of them at once, and they take little memory.
 """
 
 import math
@@ -17,7 +17,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jax.typing import DTypeLike
 
 from .._class_axis import ClassAxis
-from .rows import FUNCTIONS, Function, Part, Rows
+from .rows import FUNCTIONS, Function, Part, Rows, repeat
 
 INTERPRET: Any = False  # tests run the kernels on CPUs
 LANES, SUBLANES = 128, 8  # of a register and of a tile of memory
@@ -187,13 +187,22 @@ def _kernel(function: Function, plan: _Plan, *refs: Any) -> None:
         sums = _folded(plan, step, function.sums, 0.0, jnp.sum, jnp.add)
         return tuple(_with_column(row, i, x) for row, x in zip(rows, (m, *sums), strict=True))
 
+    nothing = jnp.zeros((plan.group, plan.groups), jnp.float32)
+    largest, *sums = repeat(plan.groups, collect, (nothing,) * (1 + function.sums))
+    results, of_rows = function.finish(Rows(largest, plan.classes, tuple(ref[...] for ref in given)), *sums)
+    for ref, result in zip(out_rows, results, strict=True):
+        ref[...] = result
+    entry = function.entry
+    if entry is None:
+        return
+
     def write(i: Any, _: Any) -> Any:
         m, *coefficients = (_column(x, i) for x in (largest, *of_rows))
         part = block.parts(i, m, again=True)
         spread = [_spread(plan, x) for x in coefficients]
 
         def step(first: Any, width: int, _: Any) -> Any:
-            entries = function.entry(part(first, width), *(x[width] for x in spread))
+            entries = entry(part(first, width), *(x[width] for x in spread))
             block.group(out[0], i, first, width)[...] = entries.astype(out[0].dtype)
             return ()
 
@@ -202,15 +211,7 @@ def _kernel(function: Function, plan: _Plan, *refs: Any) -> None:
             step(plan.classes - plan.rest, plan.rest, ())
         return ()
 
-    # A loop of one group would not know that its column is the first.
-    each = (lambda f, start: f(0, start)) if plan.groups == 1 else partial(jax.lax.fori_loop, 0, plan.groups)
-    nothing = jnp.zeros((plan.group, plan.groups), jnp.float32)
-    largest, *sums = each(collect, (nothing,) * (1 + function.sums))
-    results, of_rows = function.finish(Rows(largest, plan.classes, tuple(ref[...] for ref in given)), *sums)
-    for ref, result in zip(out_rows, results, strict=True):
-        ref[...] = result
-    if out:
-        each(write, ())
+    repeat(plan.groups, write, ())
 
 
 def _function(name: str) -> Callable[..., Any]:
@@ -223,8 +224,8 @@ def _function(name: str) -> Callable[..., Any]:
         plan = _plan_of(name, arrays, dtype)
         assert plan is not None
         blocks = pl.cdiv(rows, plan.rows)
-        by_entry = pl.BlockSpec((None, plan.rows, classes), lambda b, i: (b, i, 0))
-        by_row = pl.BlockSpec((None, None, plan.group, plan.groups), lambda b, i: (b, i, 0, 0))
+        by_entry = pl.BlockSpec((None, plan.rows, classes), _place_of_entries)
+        by_row = pl.BlockSpec((None, None, plan.group, plan.groups), _place_of_rows)
         entries = jax.ShapeDtypeStruct((batch, rows, classes), dtype)
         numbers = jax.ShapeDtypeStruct((batch, blocks, plan.group, plan.groups), jnp.float32)
 
@@ -264,6 +265,14 @@ def _function(name: str) -> Callable[..., Any]:
         return results[0] if len(results) == 1 else results
 
     return served
+
+
+def _place_of_entries(batch: Any, block: Any) -> tuple[Any, ...]:
+    return batch, block, 0
+
+
+def _place_of_rows(batch: Any, block: Any) -> tuple[Any, ...]:
+    return batch, block, 0, 0
 
 
 def _sides(shape: tuple[int, ...]) -> tuple[int, int, int]:
