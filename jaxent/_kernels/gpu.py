@@ -16,7 +16,7 @@ from jax.experimental.pallas import triton as plgpu
 from jax.typing import DTypeLike
 
 from .._class_axis import ClassAxis
-from .rows import FUNCTIONS, Function, Part, Rows, repeat
+from .rows import FUNCTIONS, Function, Part, Rows, repeat, struct
 
 INTERPRET: Any = False  # tests run the kernels on CPUs
 BLOCK = 8192  # classes, at most
@@ -97,7 +97,7 @@ def _function(name: str) -> Callable[..., Any]:
         out_shapes = {"o": ((rows, classes), dtype), "s": ((rows,), jnp.float32)}
         out = pl.pallas_call(
             partial(_kernel, function, classes, block),
-            out_shape=[jax.ShapeDtypeStruct(*out_shapes[kind]) for kind in function.results],
+            out_shape=[struct(*out_shapes[kind], *arrays) for kind in function.results],
             grid=(rows,),
             compiler_params=plgpu.CompilerParams(num_warps=max(1, block // (WARP * ENTRIES)), num_stages=2),
             name=f"jaxent_{name}",

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float
 
 Entries = Float[Array, "..."]  # of some classes of some rows
@@ -65,6 +66,15 @@ class Function(NamedTuple):
 def repeat(n: int, f: Callable[[Any, Any], Any], start: Any) -> Any:
     """`f` of 0 to n - 1 and of what came before; of 0 as a number where that is all."""
     return f(0, start) if n == 1 else jax.lax.fori_loop(0, n, f, start)
+
+
+def struct(shape: tuple[int, ...], dtype: DTypeLike, *like: Array) -> Any:
+    """Of a result, typed inside `jax.shard_map` as differing between devices wherever an argument does."""
+
+    def result(*arrays: Array) -> Array:
+        return sum((jnp.sum(jnp.ravel(x)[:0]).astype(dtype) for x in arrays), jnp.zeros(shape, dtype))
+
+    return jax.eval_shape(result, *like)
 
 
 def _collect_total(part: Part, total: Entries) -> Sums:

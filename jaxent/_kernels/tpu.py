@@ -17,7 +17,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jax.typing import DTypeLike
 
 from .._class_axis import ClassAxis
-from .rows import FUNCTIONS, Function, Part, Rows, repeat
+from .rows import FUNCTIONS, Function, Part, Rows, repeat, struct
 
 INTERPRET: Any = False  # tests run the kernels on CPUs
 LANES, SUBLANES = 128, 8  # of a register and of a tile of memory
@@ -226,8 +226,8 @@ def _function(name: str) -> Callable[..., Any]:
         blocks = pl.cdiv(rows, plan.rows)
         by_entry = pl.BlockSpec((None, plan.rows, classes), _place_of_entries)
         by_row = pl.BlockSpec((None, None, plan.group, plan.groups), _place_of_rows)
-        entries = jax.ShapeDtypeStruct((batch, rows, classes), dtype)
-        numbers = jax.ShapeDtypeStruct((batch, blocks, plan.group, plan.groups), jnp.float32)
+        entries = struct((batch, rows, classes), dtype, *arrays)
+        numbers = struct((batch, blocks, plan.group, plan.groups), jnp.float32, *arrays)
 
         def laid_out(x: jax.Array, kind: str) -> jax.Array:
             if kind in "xt":
