@@ -1,12 +1,17 @@
 """The Pallas kernels, interpreted on the CPU: against the plain form, and in the tests of everybody."""
 
 import functools
+import os
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import interpret
 
+import jaxent
 from jaxent._class_axis import ClassAxis
 from jaxent._kernels import gpu, tpu, xla
 from jaxent._kernels.rows import FUNCTIONS
@@ -67,3 +72,61 @@ def test_it_computes_what_the_plain_form_does(machine, shape, dtype):
                 ULP[out if g.shape == shape else "float32"],
             )
             np.testing.assert_allclose(g, w, rtol=16 * ulp, atol=8 * max(ulp, 2.0**-23) * scale, err_msg=name)
+
+
+def _asked(machine, shape, dtype="float32", axis=None, name="softmax"):
+    x = jax.ShapeDtypeStruct(shape, dtype)
+    axis = ClassAxis(len(shape) - 1 if axis is None else axis)
+    return machine.refusal(name, x, axis=axis, dtype=x.dtype) or machine.unasked(name, x, axis=axis, dtype=x.dtype)
+
+
+@pytest.mark.parametrize("machine", [tpu, gpu], ids=["tpu", "gpu"])
+def test_where_the_plain_form_serves(machine):
+    for shape in [(8192, 512), (8192, 128256), (4, 16, 2048, 2048), (4, 2047, 32000), (8, 262144), (32000,)]:
+        for dtype in DTYPES:
+            assert _asked(machine, shape, dtype) is None
+    assert "fewer than 512 classes" in _asked(machine, (65536, 384))
+    assert "not the last" in _asked(machine, (8, 512, 512), axis=1)
+    assert "nothing to compute" in _asked(machine, (0, 512))
+    assert "it has no pick" in _asked(machine, (8, 512), name="pick")
+    assert "it computes float32" in _asked(machine, (8, 512), "float8_e4m3fn")
+
+
+def test_where_the_plain_form_serves_on_one_of_them():
+    assert "no multiple of 128" in _asked(tpu, (4096, 50257))
+    assert "lie side by side" in _asked(tpu, (64, 5, 512))
+    assert "does not fit" in _asked(tpu, (8, 2**20))
+    assert "it computes float32 and bfloat16" in _asked(tpu, (8, 512), "float16")
+    assert "more than 2147483647 logits" in _asked(gpu, (2**16, 2**15))
+
+
+def test_they_are_imported_when_they_serve_only():
+    code = """
+import sys, jaxent, jax.numpy as jnp
+jaxent.softmax(jnp.ones((2, 3)))
+assert "jax.experimental.pallas" not in sys.modules"""
+    subprocess.run([sys.executable, "-c", code], check=True, env=os.environ | {"JAX_PLATFORMS": "cpu"})
+
+
+@pytest.mark.parametrize("machine", ["tpu", "gpu"])
+def test_under_every_transform(monkeypatch, machine):
+    """Asked for by nobody, as programs are."""
+    interpret(monkeypatch, machine)
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(4, 300)), jnp.float32)
+    y = jnp.array([0, 299, 5, 17])
+    loss = functools.partial(jaxent.cross_entropy, label_smoothing=0.1)
+    plain = functools.partial(loss, implementation="xla")
+
+    def along(f):
+        return jax.jvp(jax.grad(lambda x: f(x, y)), (x,), (x[::-1],))[1]
+
+    def looped(f):
+        step = jax.checkpoint(lambda total, row: (total + f(row[0][None], row[1][None]), None))
+        return jax.grad(lambda x: jax.lax.scan(step, 0.0, (x, y))[0])(x)
+
+    def mapped(f):
+        return jax.vmap(jax.grad(lambda x, y: f(x[None], y[None])))(x, y)
+
+    for transformed in (along, looped, mapped):
+        np.testing.assert_allclose(transformed(loss), transformed(plain), rtol=1e-5, atol=1e-6)
+    jax.clear_caches()

@@ -127,8 +127,12 @@ def _is_column(rows: jax.Array, i: Any) -> jax.Array:
     return jax.lax.broadcasted_iota(jnp.int32, rows.shape, 1) == i
 
 
-def _over_parts(plan: _Plan, step: Callable[[Any, int, Any], Any], start: Any) -> Any:
-    """`step`, given its first class, its width and what came before, over all parts but the rest."""
+def _over_parts(plan: _Plan, step: Callable[[Any, int, Any], Any], start: Any, join: Callable[..., Any]) -> Any:
+    """`step`, given its first class, its width and what came before, over all parts but the rest.
+
+    Each step of the loop starts anew, and is joined with what came before: one sum of many small numbers beside a
+    large one would round them all away.
+    """
 
     def steps(first: Any, width: int, so_far: Any) -> Any:
         for i in range(0, width, PART):
@@ -136,14 +140,16 @@ def _over_parts(plan: _Plan, step: Callable[[Any, int, Any], Any], start: Any) -
         return so_far
 
     def several(i: Any, so_far: Any) -> Any:
-        return steps(pl.multiple_of(i * plan.step, PART), plan.step, so_far)
+        return joined(so_far, steps(pl.multiple_of(i * plan.step, PART), plan.step, start))
+
+    def joined(*both: Any) -> Any:
+        return tuple(map(join, *both))
 
     loops, left = divmod(plan.classes - plan.rest, plan.step)
-    if loops > 1:
-        start = jax.lax.fori_loop(0, loops, several, start)
-    else:
-        left += loops * plan.step
-    return steps(plan.classes - plan.rest - left, left, start)
+    if loops < 2:
+        return steps(0, plan.classes - plan.rest, start)
+    found = jax.lax.fori_loop(0, loops, several, start)
+    return joined(found, steps(plan.classes - plan.rest - left, left, start))
 
 
 def _folded(
@@ -161,7 +167,7 @@ def _folded(
 
     found = []
     if plan.classes >= PART:
-        found.append(_over_parts(plan, step, zeros(PART)))
+        found.append(_over_parts(plan, step, zeros(PART), join))
     if plan.rest:
         found.append(step(plan.classes - plan.rest, plan.rest, zeros(plan.rest)))
     columns = [[reduce(x, axis=1, keepdims=True) for x in some] for some in found]
@@ -206,7 +212,7 @@ def _kernel(function: Function, plan: _Plan, *refs: Any) -> None:
             block.group(out[0], i, first, width)[...] = entries.astype(out[0].dtype)
             return ()
 
-        _over_parts(plan, step, ())
+        _over_parts(plan, step, (), jnp.add)
         if plan.rest:
             step(plan.classes - plan.rest, plan.rest, ())
         return ()
