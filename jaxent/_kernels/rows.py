@@ -91,9 +91,9 @@ _DOMINATED = 1.5
 
 def _log1p(x: Row) -> Row:
     """By the series of artanh where x is small: a kernel's compiler may have no better one than log(1 + x)."""
-    s = x / (2.0 + x)
-    s2 = s * s
-    series = 2.0 * s * (1 + s2 * (1 / 3 + s2 * (1 / 5 + s2 * (1 / 7 + s2 * (1 / 9 + s2 * (1 / 11 + s2 / 13))))))
+    factor = 2.0 / (2.0 + x)  # half of x may be subnormal, and so 0
+    s2 = (0.5 * x * factor) ** 2
+    series = x * factor * (1 + s2 * (1 / 3 + s2 * (1 / 5 + s2 * (1 / 7 + s2 * (1 / 9 + s2 * (1 / 11 + s2 / 13))))))
     return jnp.where(x < 0.5, series, jnp.log(1.0 + x))
 
 
