@@ -92,14 +92,15 @@ def _function(name: str) -> Callable[..., Any]:
         def laid_out(x: jax.Array, kind: str) -> jax.Array:
             if kind in "xt":
                 return x.reshape(rows, classes)
-            return (jnp.clip(x, -1, classes).astype(jnp.int32) if kind == "y" else x).reshape(rows)
+            narrowed = kind == "y" and x.dtype != jnp.int32
+            return (jnp.clip(x, -1, classes).astype(jnp.int32) if narrowed else x).reshape(rows)
 
         out_shapes = {"o": ((rows, classes), dtype), "s": ((rows,), jnp.float32)}
         out = pl.pallas_call(
             partial(_kernel, function, classes, block),
             out_shape=[struct(*out_shapes[kind], *arrays) for kind in function.results],
             grid=(rows,),
-            compiler_params=plgpu.CompilerParams(num_warps=max(1, block // (WARP * ENTRIES)), num_stages=2),
+            compiler_params=plgpu.CompilerParams(num_warps=max(1, block // (WARP * ENTRIES)), num_stages=1),
             name=f"jaxent_{name}",
             interpret=INTERPRET,
         )(*(laid_out(x, kind) for x, kind in zip(arrays, function.arguments, strict=True)))
