@@ -21,6 +21,8 @@ def main() -> None:
     for name in sorted({"cpu", *(device.platform for device in jax.devices())}):
         if name not in MACHINES:
             print(f'on {name}: "xla", XLA from plain JAX: there are no other kernels for it')
+        elif MACHINES[name].implementation == "pallas":
+            print(f'on {name}: "pallas", kernels for rows in fast memory; "xla" for what they do not take')
         elif why_not is None:
             print(f'on {name}: "native", kernels for {native.level()}; "xla" for what they do not take')
         else:

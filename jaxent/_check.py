@@ -20,7 +20,7 @@ LabelArray: TypeAlias = Integer[AnyArray, "..."] | Inexact[AnyArray, "..."]
 BoolArray: TypeAlias = Bool[AnyArray, "..."]
 AxisName: TypeAlias = str | tuple[str, ...]
 Reduction: TypeAlias = Literal["none", "mean", "sum"]
-Implementation: TypeAlias = Literal["native", "xla"]
+Implementation: TypeAlias = Literal["native", "pallas", "xla"]
 
 
 issubdtype = functools.cache(jnp.issubdtype)  # outside of jit, it would be a tenth of a small call's time

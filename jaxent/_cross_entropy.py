@@ -75,8 +75,8 @@ def cross_entropy(
         axis_name: inside `jax.shard_map`, the mesh axis (or a tuple of them, major first) over which the class axis
             is sharded. `logits`, `weight`, `where` and class probabilities are then this device's part, class indices
             still count all classes, and the loss is the same on all devices that hold parts of an example.
-        implementation: who computes it: `"xla"` is XLA from plain JAX, `"native"` the kernels for CPUs, None the best
-            for the machine.
+        implementation: who computes it: `"xla"` is XLA from plain JAX, `"native"` the kernels for CPUs, `"pallas"`
+            those for TPUs and GPUs, None the best for the machine.
 
     Returns:
         A scalar, or one loss per example for `reduction="none"`; float32, or float64 for float64 logits.

@@ -59,7 +59,9 @@ def _jvp(primals: Any, tangents: Any, *, count: int, **maps: Map) -> Any:
             every = dict(enumerate(residuals)) | dict(zip(moving, values, strict=True))
             return as_tuple(maps["forward"](*every.values(), *operands))
 
-        terms.append(jax.jvp(of_moving, [residuals[i] for i in moving], [tangents[i] for i in moving])[1])
+        # The value too, which may come out of the same pass.
+        out, along = jax.jvp(of_moving, [residuals[i] for i in moving], [tangents[i] for i in moving])
+        terms.append(along)
     return out, [sum(term[1:], term[0]) for term in zip(*terms, strict=True)]
 
 

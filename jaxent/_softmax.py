@@ -53,8 +53,8 @@ def softmax(
             half precision is computed in float32 in any case.
         axis_name: inside `jax.shard_map`, the mesh axis (or a tuple of them, major first) over which the class axis
             is sharded. `logits` and `where` are then this device's classes, and so is the result.
-        implementation: who computes it: `"xla"` is XLA from plain JAX, `"native"` the kernels for CPUs, None the best
-            for the machine.
+        implementation: who computes it: `"xla"` is XLA from plain JAX, `"native"` the kernels for CPUs, `"pallas"`
+            those for TPUs and GPUs, None the best for the machine.
 
     Returns:
         Array of the shape of `logits`, summing to 1 along `axis`.
@@ -97,8 +97,8 @@ def log_softmax(
             half precision is computed in float32 in any case.
         axis_name: inside `jax.shard_map`, the mesh axis (or a tuple of them, major first) over which the class axis
             is sharded. `logits` and `where` are then this device's classes, and so is the result.
-        implementation: who computes it: `"xla"` is XLA from plain JAX, `"native"` the kernels for CPUs, None the best
-            for the machine.
+        implementation: who computes it: `"xla"` is XLA from plain JAX, `"native"` the kernels for CPUs, `"pallas"`
+            those for TPUs and GPUs, None the best for the machine.
 
     Returns:
         Array of the shape of `logits`.

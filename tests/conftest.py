@@ -11,14 +11,17 @@ How many cases a fuzz test draws is a profile of hypothesis, which HYPOTHESIS_PR
 """
 
 import functools
+import importlib
 import itertools
 import os
 from collections import defaultdict
 
+import jax
 import pytest
 from hypothesis import HealthCheck, settings
 
 import jaxent
+from jaxent import _kernels as kernels
 from jaxent._kernels import implementations, native
 
 # The first call of every shape compiles: no deadline.
@@ -72,15 +75,34 @@ def _by(name, implementation):
     return asked
 
 
+PALLAS = os.environ.get("JAXENT_PALLAS")  # "tpu" or "gpu", whose kernels are then interpreted, in some more minutes
+
+
 def _served(name):
-    why_not = native.unavailable() if name == "native" else None
-    return pytest.param(name, marks=pytest.mark.skipif(why_not is not None, reason=f"native: {why_not}"))
+    why_not = {"native": native.unavailable(), "pallas": None if PALLAS else "JAXENT_PALLAS is not set"}.get(name)
+    return pytest.param(name, marks=pytest.mark.skipif(why_not is not None, reason=f"{name}: {why_not}"))
+
+
+def interpret(patch, machine):
+    """Have the CPU interpret the kernels of another machine, and take all that these can."""
+    module = importlib.import_module(f"jaxent._kernels.{machine}")
+    patch.setattr(module, "INTERPRET", True)
+    patch.setattr(module, "unasked", lambda *_, **__: None)
+    patch.setitem(kernels.MACHINES, "cpu", kernels.Machine(module.__name__, "pallas"))
+    jax.clear_caches()
+    return module
 
 
 @pytest.fixture(scope="module", params=map(_served, implementations()))
 def implementation(request):
     """A module that uses this runs once for each implementation, asked for by name."""
     with pytest.MonkeyPatch.context() as patch:
+        asked = request.param
+        if asked == "pallas":
+            interpret(patch, PALLAS)
+            asked = None  # the rest is XLA's
         for name in ("softmax", "log_softmax", "cross_entropy", "linear_cross_entropy"):
-            patch.setattr(jaxent, name, _by(name, request.param))
+            patch.setattr(jaxent, name, _by(name, asked))
         yield request.param
+    if asked is None:
+        jax.clear_caches()

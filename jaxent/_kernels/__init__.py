@@ -1,9 +1,9 @@
 """The seam between meaning and machines: every row function is a JAX primitive, and its lowering picks the kernel.
 
 `xla.py` has the plain form of each. A machine's file beside it, named in `MACHINES`, has functions of the same names
-and arguments for what it does better, and says in `refusal` which arguments it does not take; one that wants to see
-what its arguments are made of has a lowering rule of its own, in `LOWERING`. Nothing here knows of derivatives, of
-what labels mean, of weights or of reductions.
+and arguments for what it does better. It says in `refusal` which arguments it does not take, and maybe in
+`unasked` where it serves by name only; one that wants to see what its arguments are made of has a lowering rule of
+its own, in `LOWERING`. Nothing here knows of derivatives, of what labels mean, of weights or of reductions.
 """
 
 import importlib
@@ -31,7 +31,11 @@ class Machine(NamedTuple):
     implementation: str
 
 
-MACHINES = {"cpu": Machine("jaxent._kernels.native", "native")}  # by platform, as JAX calls it when it lowers
+MACHINES = {  # by platform, as JAX calls it when it lowers
+    "cpu": Machine("jaxent._kernels.native", "native"),
+    "tpu": Machine("jaxent._kernels.tpu", "pallas"),
+    "cuda": Machine("jaxent._kernels.gpu", "pallas"),
+}
 
 
 def implementations() -> tuple[str, ...]:
@@ -144,6 +148,8 @@ def _rule(
     else:
         module = importlib.import_module(machine.module)
         why_not = _not_here(context, axis) or module.refusal(name, *context.avals_in, axis=axis, **options)
+        if why_not is None and implementation is None and hasattr(module, "unasked"):
+            why_not = module.unasked(name, *context.avals_in, axis=axis, **options)
     if why_not is None:
         return getattr(module, "LOWERING", {}).get(name) or partial(lower_kernel, getattr(module, name))
     if implementation is not None:

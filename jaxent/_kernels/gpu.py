@@ -1,0 +1,146 @@
+"""Kernels for GPUs, by Pallas and Triton: a program for each row, which goes over it in blocks of its classes.
+
+A row of one block is read once and stays in registers. A longer one is read three times in a row by the same program,
+for its maximum, its sums and its entries (rows.py), and while few of them are under way, twice from the cache.
+"""
+
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
+from jax.typing import DTypeLike
+
+from .._class_axis import ClassAxis
+from .rows import FUNCTIONS, Function, Part, Rows, repeat, struct
+
+INTERPRET: Any = False  # tests run the kernels on CPUs
+BLOCK = 8192  # classes, at most
+ENTRIES = 8  # of a block that a thread has
+WARP = 32
+LARGEST = 2**31 - 1  # entries that indices of 32 bits count
+
+
+def _kernel(function: Function, classes: int, block: int, *refs: Any) -> None:
+    row, entry = pl.program_id(0), function.entry
+    names = function.arguments + function.results
+    wide, labels, given, out_rows, out = (
+        [ref for ref, name in zip(refs, names, strict=True) if name in some] for some in ("xt", "y", "yr", "s", "o")
+    )
+    blocks = pl.cdiv(classes, block)
+    position = jax.lax.broadcasted_iota(jnp.int32, (block,), 0)
+    y = labels[0][row] if labels else None
+
+    def place(i: Any) -> Any:
+        return row, pl.ds(i * block, block)
+
+    def load(i: Any) -> tuple[Any, list[jax.Array]]:
+        """Which classes of a block there are, and what they have."""
+        inside = position < classes - i * block
+        return inside, [plgpu.load(ref.at[place(i)], mask=inside, other=0.0).astype(jnp.float32) for ref in wide]
+
+    first = load(0) if blocks == 1 else None
+
+    def loaded(i: Any) -> tuple[Any, list[jax.Array]]:
+        return first or load(i)
+
+    def part(i: Any, m: jax.Array) -> tuple[Any, Part]:
+        inside, (x, *t) = loaded(i)
+        label = None if y is None else position == y - i * block
+        return inside, Part(x, m, jnp.exp(x - m), t[0] if t else None, label)
+
+    def maximum(i: Any, so_far: jax.Array) -> jax.Array:
+        inside, (x, *_) = loaded(i)
+        return jnp.maximum(so_far, jnp.where(inside, x, -jnp.inf))
+
+    def collect(i: Any, so_far: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        inside, of_part = part(i, m)
+        return tuple(
+            jnp.where(inside, *both) for both in zip(function.collect(of_part, *so_far), so_far, strict=True)
+        )
+
+    m = jnp.max(repeat(blocks, maximum, jnp.full((block,), -jnp.inf, jnp.float32)))
+    sums = repeat(blocks, collect, (jnp.zeros((block,), jnp.float32),) * function.sums)
+    known = Rows(m, classes, tuple(ref[row] for ref in given))
+    results, coefficients = function.finish(known, *map(jnp.sum, sums))
+    for ref, result in zip(out_rows, results, strict=True):
+        ref[row] = result
+    if entry is None:
+        return
+
+    def write(i: Any, _: Any) -> None:
+        inside, of_part = part(i, m)
+        entries = entry(of_part, *coefficients).astype(out[0].dtype)
+        plgpu.store(out[0].at[place(i)], entries, mask=inside)
+
+    repeat(blocks, write, None)
+
+
+def _function(name: str) -> Callable[..., Any]:
+    function = FUNCTIONS[name]
+
+    def served(*arrays: jax.Array, axis: ClassAxis, dtype: DTypeLike = jnp.float32) -> Any:
+        del axis
+        shape = arrays[0].shape
+        rows, classes = math.prod(shape[:-1]), shape[-1]
+        block = min(BLOCK, pl.next_power_of_2(classes))
+
+        def laid_out(x: jax.Array, kind: str) -> jax.Array:
+            if kind in "xt":
+                return x.reshape(rows, classes)
+            narrowed = kind == "y" and x.dtype != jnp.int32
+            return (jnp.clip(x, -1, classes).astype(jnp.int32) if narrowed else x).reshape(rows)
+
+        out_shapes = {"o": ((rows, classes), dtype), "s": ((rows,), jnp.float32)}
+        out = pl.pallas_call(
+            partial(_kernel, function, classes, block),
+            out_shape=[struct(*out_shapes[kind], *arrays) for kind in function.results],
+            grid=(rows,),
+            compiler_params=plgpu.CompilerParams(num_warps=max(1, block // (WARP * ENTRIES)), num_stages=1),
+            name=f"jaxent_{name}",
+            interpret=INTERPRET,
+        )(*(laid_out(x, kind) for x, kind in zip(arrays, function.arguments, strict=True)))
+        results = tuple(
+            x.reshape(shape if kind == "o" else shape[:-1]) for x, kind in zip(out, function.results, strict=True)
+        )
+        return results[0] if len(results) == 1 else results
+
+    return served
+
+
+def refusal(name: str, x: Any, *others: Any, axis: ClassAxis, dtype: DTypeLike = jnp.float32, **_: Any) -> str | None:
+    """Why that function is not computed here for such arguments."""
+    if name not in FUNCTIONS:
+        return f"it has no {name}"
+    wide = {jnp.dtype(dtype), *(a.dtype for a in (x, *others) if a.ndim == x.ndim)}
+    if not wide <= {jnp.dtype(d) for d in (jnp.float32, jnp.bfloat16, jnp.float16)}:
+        return "it computes float32, bfloat16 and float16"
+    if axis.index != x.ndim - 1:
+        return "the class axis is not the last"
+    if 0 in x.shape:
+        return "there is nothing to compute"
+    return None if math.prod(x.shape) <= LARGEST else f"there are more than {LARGEST} logits"
+
+
+LEAST_CLASSES = 512
+
+
+def unasked(_: str, x: Any, *__: Any, **___: Any) -> str | None:
+    """Why it is XLA that computes what it could, unless somebody asks."""
+    few = x.shape[-1] < LEAST_CLASSES
+    return f"there are fewer than {LEAST_CLASSES} classes, too few for a program a row" if few else None
+
+
+softmax = _function("softmax")
+log_softmax = _function("log_softmax")
+softmax_derivative = _function("softmax_derivative")
+log_softmax_derivative = _function("log_softmax_derivative")
+log_softmax_pullback = _function("log_softmax_pullback")
+label_loss = _function("label_loss")
+label_loss_and_gradient = _function("label_loss_and_gradient")
+expected_loss = _function("expected_loss")
+expected_loss_and_gradient = _function("expected_loss_and_gradient")

@@ -1,0 +1,243 @@
+r"""What kernels compute that go over a row three times in fast memory: for its maximum, its sums, and its entries.
+
+The formulas are those of xla.py, taken apart: `collect` adds up entries of classes, `finish` makes of the sums the
+results of a row and the coefficients that its entries need, and `entry` makes these. How a row lies in memory is a
+machine's business. Logits come from memory here, where no compiler sees how they are made, so that the largest one's
+$x_k - m$ is 0 without saying so.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeAlias
+
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+from jaxtyping import Array, Bool, Float
+
+Entries = Float[Array, "..."]  # of some classes of some rows
+Row = Float[Array, "..."]  # a number for each row, or the same number for all of its entries
+Sums: TypeAlias = tuple[Entries, ...]
+Finished: TypeAlias = tuple[tuple[Row, ...], tuple[Row, ...]]  # results, and coefficients
+
+
+class Part(NamedTuple):
+    """Some classes of some rows, in float32."""
+
+    x: Entries
+    m: Row  # the largest logit
+    e: Entries  # exp(x - m)
+    t: Any  # the entries of the other array of the logits' shape, if there is one
+    label: Any  # a mask, if there are labels
+
+    @property
+    def largest(self) -> Bool[Array, "..."]:
+        return self.x == self.m
+
+    @property
+    def others(self) -> Entries:
+        """The exponentials without those of the largest class, or classes."""
+        return jnp.where(self.largest, 0.0, self.e)
+
+
+class Rows(NamedTuple):
+    """What is known of rows: their maximum, how many classes they have, and what else is given of each."""
+
+    m: Row
+    classes: int
+    given: tuple[Row, ...]
+
+
+class Function(NamedTuple):
+    """A row function, for a machine that says how a row lies in memory.
+
+    Letters stand for arrays: the logits and what has their shape (x, t), labels (y), and numbers a row (r); of the
+    results those of the logits' shape (o) and those of a number a row (s).
+    """
+
+    arguments: str
+    results: str
+    sums: int
+    collect: Callable[..., Sums]  # of a Part and the sums so far, entry by entry
+    finish: Callable[..., Finished]  # of Rows and the sums
+    entry: Callable[..., Entries] | None = None  # of a Part and the coefficients
+    keeps: bool = False  # whether `entry` needs exponentials
+
+
+def repeat(n: int, f: Callable[[Any, Any], Any], start: Any) -> Any:
+    """`f` of 0 to n - 1 and of what came before; of 0 as a number where that is all."""
+    return f(0, start) if n == 1 else jax.lax.fori_loop(0, n, f, start)
+
+
+def struct(shape: tuple[int, ...], dtype: DTypeLike, *like: Array) -> Any:
+    """Of a result, typed inside `jax.shard_map` as differing between devices wherever an argument does."""
+
+    def result(*arrays: Array) -> Array:
+        return sum((jnp.sum(jnp.ravel(x)[:0]).astype(dtype) for x in arrays), jnp.zeros(shape, dtype))
+
+    return jax.eval_shape(result, *like)
+
+
+def _collect_total(part: Part, total: Entries) -> Sums:
+    return (total + part.e,)
+
+
+def _collect_others(part: Part, total: Entries, others: Entries) -> Sums:
+    return total + part.e, others + part.others
+
+
+# Below this sum one class holds two thirds of the probability: there is no second one that is as large.
+_DOMINATED = 1.5
+
+
+def _log1p(x: Row) -> Row:
+    """By the series of artanh where x is small: a kernel's compiler may have no better one than log(1 + x)."""
+    factor = 2.0 / (2.0 + x)  # half of x may be subnormal, and so 0
+    s2 = (0.5 * x * factor) ** 2
+    series = x * factor * (1 + s2 * (1 / 3 + s2 * (1 / 5 + s2 * (1 / 7 + s2 * (1 / 9 + s2 * (1 / 11 + s2 / 13))))))
+    return jnp.where(x < 0.5, series, jnp.log(1.0 + x))
+
+
+def _log_total(total: Row, others: Row) -> Row:
+    return jnp.where(total < _DOMINATED, _log1p(others), jnp.log(total))
+
+
+def _threshold(total: Row) -> Row:
+    """What only a dominant class's exponential exceeds."""
+    return jnp.where(total < _DOMINATED, 0.75, total)
+
+
+# softmax and log_softmax
+
+
+def _softmax_rows(_: Rows, total: Row) -> Finished:
+    return (), (1.0 / total,)
+
+
+def _softmax(part: Part, inverse: Row) -> Entries:
+    return part.e * inverse
+
+
+def _log_softmax_rows(_: Rows, total: Row, others: Row) -> Finished:
+    return (), (_log_total(total, others),)
+
+
+def _log_softmax(part: Part, log_total: Row) -> Entries:
+    return part.x - part.m - log_total
+
+
+# Their derivatives, relative to the dominant class
+
+
+def _collect_tangents(part: Part, total: Entries, others: Entries, of_largest: Entries, of_others: Entries) -> Sums:
+    own = jnp.where(part.largest, part.t, 0.0)
+    return total + part.e, others + part.others, of_largest + own, of_others + part.others * part.t
+
+
+def _tangent_rows(_: Rows, total: Row, others: Row, of_largest: Row, of_others: Row) -> Finished:
+    dominated = total < _DOMINATED
+    own = jnp.where(dominated, of_largest, 0.0)
+    mean = jnp.where(dominated, of_others - others * of_largest, of_others + of_largest) / total
+    return (), (_threshold(total), own, mean, 1.0 / total)
+
+
+def _log_softmax_tangent(part: Part, threshold: Row, own: Row, mean: Row, _: Row) -> Entries:
+    return jnp.where(part.e > threshold, 0.0, part.t - own) - mean
+
+
+def _softmax_tangent(part: Part, threshold: Row, own: Row, mean: Row, inverse: Row) -> Entries:
+    return part.e * inverse * _log_softmax_tangent(part, threshold, own, mean, inverse)
+
+
+def _collect_cotangents(part: Part, total: Entries, others: Entries, of_largest: Entries, of_others: Entries) -> Sums:
+    own, rest = jnp.where(part.largest, part.t, 0.0), jnp.where(part.largest, 0.0, part.t)
+    return total + part.e, others + part.others, of_largest + own, of_others + rest
+
+
+def _cotangent_rows(_: Rows, total: Row, others: Row, of_largest: Row, of_others: Row) -> Finished:
+    of_dominant = (of_largest * others - of_others) / total
+    return (), (_threshold(total), of_dominant, (of_largest + of_others) / total)
+
+
+def _log_softmax_cotangent(part: Part, threshold: Row, of_dominant: Row, mean: Row) -> Entries:
+    return jnp.where(part.e > threshold, of_dominant, part.t - part.e * mean)
+
+
+# The loss of labels
+
+
+def _collect_losses(part: Part, others: Entries, gaps: Entries, of_label: Entries) -> Sums:
+    own = jnp.where(part.label, part.x, of_label)
+    return others + jnp.where(part.label, 0.0, part.e), gaps + (part.x - part.m), own
+
+
+def _losses(rows: Rows, others: Row, gaps: Row, of_label: Row) -> tuple[tuple[Row, Row, Row], Row]:
+    """The three losses, and the exponential of the label's class."""
+    y = rows.given[0]
+    d = jnp.where(y < rows.classes, of_label - rows.m, jnp.nan)
+    of_label = jnp.exp(d)
+    log_total = jnp.where(d == 0.0, _log1p(others), jnp.log(others + of_label))
+    loss, uniform, lse = log_total - d, log_total - gaps / rows.classes, rows.m + log_total
+    return (jnp.where(y < 0, 0.0, loss), jnp.where(y < 0, 0.0, uniform), jnp.where(y < 0, 0.0, lse)), of_label
+
+
+def _loss_rows(rows: Rows, *sums: Row) -> Finished:
+    return _losses(rows, *sums)[0], ()
+
+
+def _loss_gradient_rows(rows: Rows, others: Row, gaps: Row, of_label: Row) -> Finished:
+    losses, own = _losses(rows, others, gaps, of_label)
+    y, a, u, z = rows.given
+    total, shared, shift = others + own, u + 2.0 * z * losses[2], u / rows.classes
+    of_label = jnp.where(y < 0, 0.0, (shared * own - a * others) / total - shift)
+    return losses, (y, of_label, (a + shared) / total, shift)
+
+
+def _loss_gradient(part: Part, y: Row, of_label: Row, scale: Row, shift: Row) -> Entries:
+    return jnp.where(part.label | (y < 0), of_label, part.e * scale - shift)
+
+
+# The loss of probabilities
+
+
+def _collect_expected(part: Part, total: Entries, others: Entries, gaps: Entries, mass: Entries) -> Sums:
+    gap = jnp.where(part.t == 0.0, 0.0, part.t * (part.x - part.m))
+    return total + part.e, others + part.others, gaps + gap, mass + part.t
+
+
+def _expected_rows(_: Rows, total: Row, others: Row, gaps: Row, mass: Row) -> Finished:
+    return (mass * _log_total(total, others) - gaps,), ()
+
+
+def _collect_expected_gradient(part: Part, of_others: Entries, *sums: Entries) -> Sums:
+    return of_others + jnp.where(part.largest, 0.0, part.t), *_collect_expected(part, *sums)
+
+
+def _expected_gradient_rows(rows: Rows, of_others: Row, total: Row, others: Row, gaps: Row, mass: Row) -> Finished:
+    losses, _ = _expected_rows(rows, total, others, gaps, mass)
+    return losses, (_threshold(total), of_others - mass * others / total, mass / total, rows.given[0])
+
+
+def _expected_gradient(part: Part, threshold: Row, of_dominant: Row, mean: Row, a: Row) -> Entries:
+    gradient = jnp.where(part.e > threshold, of_dominant, mean * part.e - part.t)
+    return jnp.where(a == 0.0, 0.0, a * gradient)
+
+
+FUNCTIONS = {
+    "softmax": Function("x", "o", 1, _collect_total, _softmax_rows, _softmax, keeps=True),
+    "log_softmax": Function("x", "o", 2, _collect_others, _log_softmax_rows, _log_softmax),
+    "softmax_derivative": Function("xt", "o", 4, _collect_tangents, _tangent_rows, _softmax_tangent, keeps=True),
+    "log_softmax_derivative": Function(
+        "xt", "o", 4, _collect_tangents, _tangent_rows, _log_softmax_tangent, keeps=True
+    ),
+    "log_softmax_pullback": Function(
+        "xt", "o", 4, _collect_cotangents, _cotangent_rows, _log_softmax_cotangent, keeps=True
+    ),
+    "label_loss": Function("xy", "sss", 3, _collect_losses, _loss_rows),
+    "label_loss_and_gradient": Function(
+        "xyrrr", "ssso", 3, _collect_losses, _loss_gradient_rows, _loss_gradient, keeps=True
+    ),
+    "expected_loss": Function("xt", "s", 4, _collect_expected, _expected_rows),
+    "expected_loss_and_gradient": Function(
+        "xtr", "so", 5, _collect_expected_gradient, _expected_gradient_rows, _expected_gradient, keeps=True
+    ),
+}

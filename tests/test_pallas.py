@@ -1,0 +1,132 @@
+"""The Pallas kernels, interpreted on the CPU: against the plain form, and in the tests of everybody."""
+
+import functools
+import os
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import interpret
+
+import jaxent
+from jaxent._class_axis import ClassAxis
+from jaxent._kernels import gpu, tpu, xla
+from jaxent._kernels.rows import FUNCTIONS
+
+# One row; rows that fill no tile, in one batch and in several; several groups of a block, and a last one in part;
+# a part of a part, one and several, and steps of them.
+SHAPES = [(257,), (17, 1009), (3, 21, 300), (1500, 256), (9, 5000)]
+DTYPES = ["float32", "bfloat16"]
+ULP = {"float32": 2.0**-23, "bfloat16": 2.0**-8}
+
+
+@pytest.fixture(autouse=True)
+def interpreted(monkeypatch):
+    for machine in (tpu, gpu):
+        monkeypatch.setattr(machine, "INTERPRET", True)
+    monkeypatch.setattr(tpu, "STEP", 32)  # shorter programs, and loops at fewer classes
+    monkeypatch.setattr(gpu, "BLOCK", 1024)
+
+
+def _arrays(shape, dtype):
+    rng = np.random.default_rng(0)
+    x = 3 * rng.standard_normal(shape)
+    x[..., 0] += np.where(rng.random(shape[:-1]) < 0.5, 30.0, 0.0)  # a dominant class
+    odd = np.where(rng.random(shape) < 0.2, x.max(-1, keepdims=True), x)  # ties
+    odd[rng.random(shape) < 0.1] = -np.inf
+    odd[rng.random(shape) < 0.3 / shape[-1]] = np.nan
+    odd[rng.random(shape) < 0.3 / shape[-1]] = np.inf
+    odd[rng.random(shape[:-1]) < 0.2] = -np.inf
+    x = np.where(rng.random((*shape[:-1], 1)) < 0.5, odd, x)
+    rows = shape[:-1]
+    return {
+        "x": x.astype(dtype),
+        "t": (rng.random(shape) * (rng.random(shape) < 0.7)).astype(dtype),
+        "y": rng.integers(-1, shape[-1] + 1, rows).astype(np.int32),
+        "r": (rng.standard_normal(rows) * (rng.random(rows) < 0.8)).astype(np.float32),
+    }
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("machine", [tpu, gpu], ids=["tpu", "gpu"])
+def test_it_computes_what_the_plain_form_does(machine, shape, dtype):
+    arrays, axis = _arrays(shape, dtype), ClassAxis(len(shape) - 1)
+    for name, function in FUNCTIONS.items():
+        # What a loss's pullback asks for: half precision in, and float32 out.
+        out = "float32" if len(shape) == 1 else dtype
+        options = {"dtype": jnp.dtype(out)} if function.entry else {}
+        args = [jnp.asarray(arrays[a]) for a in function.arguments]
+        assert machine.refusal(name, *args, axis=axis, **options) is None
+        got = jax.jit(functools.partial(getattr(machine, name), axis=axis, **options))(*args)
+        want = getattr(xla, name)(*args, axis=axis, **options)
+        for g, w in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+            assert (g.dtype, g.shape) == (w.dtype, w.shape), name
+            g, w = np.float64(g), np.float64(w)
+            # Sums of terms of both signs are as exact as their largest term is.
+            scale, ulp = (
+                np.max(np.abs(w), where=np.isfinite(w), initial=0.0),
+                ULP[out if g.shape == shape else "float32"],
+            )
+            np.testing.assert_allclose(g, w, rtol=16 * ulp, atol=8 * max(ulp, 2.0**-23) * scale, err_msg=name)
+
+
+def _asked(machine, shape, dtype="float32", axis=None, name="softmax"):
+    x = jax.ShapeDtypeStruct(shape, dtype)
+    axis = ClassAxis(len(shape) - 1 if axis is None else axis)
+    return machine.refusal(name, x, axis=axis, dtype=x.dtype) or machine.unasked(name, x, axis=axis, dtype=x.dtype)
+
+
+@pytest.mark.parametrize("machine", [tpu, gpu], ids=["tpu", "gpu"])
+def test_where_the_plain_form_serves(machine):
+    for shape in [(8192, 512), (8192, 128256), (4, 16, 2048, 2048), (4, 2047, 32000), (8, 262144), (32000,)]:
+        for dtype in DTYPES:
+            assert _asked(machine, shape, dtype) is None
+    assert "fewer than 512 classes" in _asked(machine, (65536, 384))
+    assert "not the last" in _asked(machine, (8, 512, 512), axis=1)
+    assert "nothing to compute" in _asked(machine, (0, 512))
+    assert "it has no pick" in _asked(machine, (8, 512), name="pick")
+    assert "it computes float32" in _asked(machine, (8, 512), "float8_e4m3fn")
+
+
+def test_where_the_plain_form_serves_on_one_of_them():
+    assert "no multiple of 128" in _asked(tpu, (4096, 50257))
+    assert "lie side by side" in _asked(tpu, (64, 5, 512))
+    assert "does not fit" in _asked(tpu, (8, 2**20))
+    assert "it computes float32 and bfloat16" in _asked(tpu, (8, 512), "float16")
+    assert "more than 2147483647 logits" in _asked(gpu, (2**16, 2**15))
+
+
+def test_they_are_imported_when_they_serve_only():
+    code = """
+import sys, jaxent, jax.numpy as jnp
+jaxent.softmax(jnp.ones((2, 3)))
+assert "jax.experimental.pallas" not in sys.modules"""
+    subprocess.run([sys.executable, "-c", code], check=True, env=os.environ | {"JAX_PLATFORMS": "cpu"})
+
+
+@pytest.mark.parametrize("machine", ["tpu", "gpu"])
+def test_under_every_transform(monkeypatch, machine):
+    """Asked for by nobody, as programs are."""
+    interpret(monkeypatch, machine)
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(4, 300)), jnp.float32)
+    y = jnp.array([0, 299, 5, 17])
+    loss = functools.partial(jaxent.cross_entropy, label_smoothing=0.1)
+    plain = functools.partial(loss, implementation="xla")
+
+    def along(f):
+        return jax.jvp(jax.grad(lambda x: f(x, y)), (x,), (x[::-1],))[1]
+
+    def looped(f):
+        step = jax.checkpoint(lambda total, row: (total + f(row[0][None], row[1][None]), None))
+        return jax.grad(lambda x: jax.lax.scan(step, 0.0, (x, y))[0])(x)
+
+    def mapped(f):
+        return jax.vmap(jax.grad(lambda x, y: f(x[None], y[None])))(x, y)
+
+    for transformed in (along, looped, mapped):
+        np.testing.assert_allclose(transformed(loss), transformed(plain), rtol=1e-5, atol=1e-6)
+    jax.clear_caches()
