@@ -160,7 +160,7 @@ def _cross_entropy(
 
 
 def read_target(
-    x: Float[Array, "..."], labels: LabelArray, weight: FloatArray | None, options: LossOptions
+    x: Array | jax.ShapeDtypeStruct, labels: LabelArray, weight: FloatArray | None, options: LossOptions
 ) -> Target | None:
     """What class indices say about logits `x`; None for class probabilities."""
     if jnp.issubdtype(labels.dtype, jnp.floating):
@@ -226,7 +226,7 @@ class Mixture(NamedTuple):
 
 
 def mixture(
-    x: Float[Array, "..."],
+    x: Array | jax.ShapeDtypeStruct,
     labels: LabelArray,
     target: Target | None,
     where: BoolArray | None,
@@ -254,7 +254,7 @@ def mixture(
     return Mixture(target.label, Factors(a, None, z), q, target.label >= 0)
 
 
-def _uniform(mass: float, x: Float[Array, "..."], where: BoolArray | None, axis: ClassAxis) -> Float[Array, "..."]:
+def _uniform(mass: float, x: Array | jax.ShapeDtypeStruct, where: BoolArray | None, axis: ClassAxis) -> Float[Array, "..."]:
     """`mass` spread evenly over the classes that are kept."""
     dtype = compute_dtype(x.dtype)
     if where is None:

@@ -607,7 +607,7 @@ def _losses_and_gradient_of(
     label, factors = losses.label, losses.factors
     assert label is not None
     rows = factors.times(scale).rows(label)
-    *parts, gradient = product_losses_and_gradient(layer, near, x, label, *rows, options.classes)
+    *parts, gradient = product_losses_and_gradient(layer, near, x, label, rows, options.classes)
     return mixed(label, parts, factors), gradient
 
 

@@ -76,9 +76,7 @@ def product_losses_and_gradient(
     near: Center,
     x: Float[Array, "tokens features"],
     y: Integer[Array, " tokens"],
-    a: Row,
-    u: Row,
-    z: Row,
+    factors: tuple[Row, ...],
     axis: ClassAxis,
 ) -> tuple[Row, Row, Row, Float[Array, "tokens classes"]]:
     """`label_loss_and_gradient` of their logits, the gradient being as precise as the dtype of `x`."""
@@ -88,7 +86,7 @@ def product_losses_and_gradient(
     )
     assert e is not None
     label = axis.one_hot(y, e)
-    return *label_rows(sums, y, axis=axis), label_gradient(sums, label, e.astype(dtype), y, a, u, z, axis=axis)
+    return *label_rows(sums, y, axis=axis), label_gradient(sums, label, e.astype(dtype), y, *factors, axis=axis)
 
 
 class _State(NamedTuple):
