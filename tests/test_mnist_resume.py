@@ -84,6 +84,7 @@ def test_metrics_are_one_line_an_epoch(uninterrupted):
     assert rows[-1]["test_accuracy"] > 0.9
 
 
+@pytest.mark.more
 def test_killed_at_ten_moments(tmp_path, uninterrupted, cache):
     """One of them while a checkpoint is written, one before the first step, and the others wherever it hits."""
     workdir = tmp_path / "run"
@@ -107,6 +108,7 @@ def checkpoint_steps(workdir: Path) -> list[int]:
     return sorted(int(path.name) for path in (workdir / "checkpoints").iterdir() if path.name.isdigit())
 
 
+@pytest.mark.more(one_in=2)
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_saves_and_says_how_to_go_on(number, tmp_path, uninterrupted, cache):
     workdir = tmp_path / "run"
@@ -356,6 +358,7 @@ def cut(path: Path) -> None:
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
+@pytest.mark.more(one_in=3)
 @pytest.mark.parametrize("damage", [flip, cut, Path.unlink])
 def test_a_damaged_checkpoint_is_never_believed(damage, tmp_path, capsys):
     """Damage each file in turn: either it matters not, or the checkpoint before is taken, and that is said."""
