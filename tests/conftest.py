@@ -44,7 +44,7 @@ def pytest_collection_modifyitems(config, items):
     if config.option.all:
         return
     number = defaultdict(itertools.count)  # of each test's case
-    chosen = [_runs(item, next(number[item.function]), config.option.rest) for item in items]
+    chosen = [_runs(item, next(number[getattr(item, "function", item)]), config.option.rest) for item in items]
     config.hook.pytest_deselected(items=[item for item, runs in zip(items, chosen, strict=True) if not runs])
     items[:] = itertools.compress(items, chosen)
 

@@ -24,7 +24,8 @@ def test_other_tests_inside(): pass
 @given(st.integers())
 def test_drawn(i): pass
 
-def test_plain(): pass
+def test_plain():
+    ">>> 1 + 1"
 """
 
 
@@ -35,7 +36,7 @@ def chosen(pytester):
     pytester.makepyfile(test_it=CASES)
 
     def names(*options):
-        lines = pytester.runpytest_subprocess("--collect-only", "-q", *options).outlines
+        lines = pytester.runpytest_subprocess("--collect-only", "-q", "--doctest-modules", *options).outlines
         return {line.partition("::")[2] for line in lines if "::" in line}
 
     return names
@@ -47,7 +48,7 @@ def test_the_default_and_the_rest_are_all(chosen):
     assert few & rest == {"test_other_tests_inside", "test_drawn"}  # of which there is less by default
     assert {name for name in few if "many" in name} == {f"test_many[{i}]" for i in (0, 3, 6)}
     assert "test_long" in rest
-    assert len(every) == 11
+    assert len(every) == 12
 
 
 def test_ci_runs_readmes_command_and_the_rest():
