@@ -46,6 +46,16 @@ def test_on_eight_devices(part, tmp_path, subtests, request):
     assert run.returncode == 0, run.stdout + run.stderr
 
 
+def test_the_page_about_sharding_on_eight_devices():
+    """Elsewhere its sessions run on one device, where no factor shows."""
+    command = [sys.executable, "-m", "pytest", "docs/sharding.md", "-n", "0", "-q"]
+    run = subprocess.run(
+        command, cwd=HERE.parent, env=_environment(8), capture_output=True, text=True, timeout=300, check=False
+    )
+    assert run.returncode == 0, run.stdout
+    assert "1 passed" in run.stdout
+
+
 def _free_port():
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
