@@ -5,6 +5,7 @@ orbax does not notice every damage.
 """
 
 import gc
+import logging
 import sys
 import time
 import warnings
@@ -17,11 +18,15 @@ import jax
 import orbax.checkpoint as ocp
 from flax import nnx
 
+from mnist.disk import refusal
 from mnist.model import make_network
 from mnist.terminal import say
 from mnist.workdir import History, Tree, WorkdirError, sha256, stored_config
 
 Trees = Mapping[str, Tree]
+
+# Of several writes that failed one is reported; asyncio logs the others, whenever they are collected.
+logging.getLogger("asyncio").setLevel(logging.CRITICAL)
 
 
 @contextmanager
@@ -32,22 +37,35 @@ def opened(workdir: Path, read_only: bool = False) -> Generator[ocp.CheckpointMa
         cleanup_tmp_directories=not read_only,
         read_only=read_only,
     )
-    manager = ocp.CheckpointManager((workdir / "checkpoints").absolute(), options=options)
+    folder = (workdir / "checkpoints").absolute()
+    hook = sys.unraisablehook
+
+    def unless_in_vain(unraisable: Any) -> None:
+        """When one write fails, the others end without anyone who waits for them."""
+        if str(unraisable.exc_value) != "Event loop is closed":
+            hook(unraisable)
+
+    sys.unraisablehook = unless_in_vain
     try:
-        yield manager
+        with written(folder):
+            manager = ocp.CheckpointManager(folder, options=options)
+        try:
+            yield manager
+        finally:
+            with written(folder):
+                manager.close()
     finally:
-        with written(manager):
-            manager.close()
+        sys.unraisablehook = hook
 
 
 @contextmanager
-def written(manager: ocp.CheckpointManager) -> Generator[None]:
+def written(folder: Path) -> Generator[None]:
     """Within, what cannot be written becomes one sentence, maybe that of an earlier save in the background."""
     try:
         yield
     except Exception as error:  # orbax and tensorstore raise many kinds
-        reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
-        raise WorkdirError(f"A checkpoint cannot be written under {manager.directory}: {reason}.") from error
+        time.sleep(0.1)  # until the writes that are still under way have ended
+        raise WorkdirError(f"A checkpoint cannot be written under {folder}: {refusal(error, folder)}.") from error
 
 
 def save(manager: ocp.CheckpointManager, step: int, history: History, trees: Trees) -> None:
@@ -55,7 +73,7 @@ def save(manager: ocp.CheckpointManager, step: int, history: History, trees: Tre
     hashes = {name: sha256(value) for name, value in {**trees, "history": history}.items()}
     items = {name: ocp.args.StandardSave(tree) for name, tree in trees.items()}
     record = ocp.args.JsonSave({"history": list(history), "sha256": hashes})
-    with written(manager):
+    with written(Path(manager.directory)):
         manager.save(step, args=ocp.args.Composite(**items, record=record))
 
 

@@ -16,6 +16,7 @@ from tensorflow_datasets.core.file_adapters import FileFormat
 from tensorflow_datasets.core.writer import ExampleWriter
 
 from mnist.datasets import MNIST, Dataset
+from mnist.disk import refusal
 from mnist.idx import DataError, Digits, Splits, UnreachableError, from_folder, from_network
 
 SAMPLE = Path(__file__).parent / "sample"  # a data directory that the repository carries
@@ -126,7 +127,7 @@ def prepare(splits: Splits, data_dir: Path, dataset: Dataset = MNIST) -> None:
             if not target.exists():  # as it does if another process was faster
                 directory(Path(staging), dataset).rename(target)
     except (OSError, RuntimeError) as error:  # array_record raises RuntimeError, on a full disk say
-        raise DataError(f"The data set cannot be written under {data_dir}: {sentence(error)}.") from error
+        raise DataError(f"The data set cannot be written under {data_dir}: {refusal(error, data_dir)}.") from error
 
 
 def load(data_dir: Path, dataset: Dataset = MNIST) -> Splits:

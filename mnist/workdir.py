@@ -26,6 +26,7 @@ from mnist.board import write_events
 from mnist.config import Config, ConfigError, UserError
 from mnist.datasets import DATASETS
 from mnist.devices import is_main
+from mnist.disk import refusal
 from mnist.idx import Splits, described
 
 Tree = Any  # of arrays or numbers
@@ -66,16 +67,17 @@ def alone(workdir: Path) -> Generator[None]:
         return
     try:
         workdir.mkdir(parents=True, exist_ok=True)
-    except FileExistsError:
-        raise WorkdirError(f"{workdir} is a file, and so cannot hold a run: choose another --workdir.") from None
-    try:
-        lock = FileLock(workdir / ".lock").acquire(timeout=0)
+        with FileLock(workdir / ".lock").acquire(timeout=0):
+            yield
     except Timeout:
         raise WorkdirError(
             f"Another run is training in {workdir}: wait for its end, or choose another --workdir."
         ) from None
-    with lock:
-        yield
+    except FileExistsError:
+        raise WorkdirError(f"{workdir} is a file, and so cannot hold a run: choose another --workdir.") from None
+    except OSError as error:  # of a write, say, which names no file
+        place = error.filename or workdir
+        raise WorkdirError(f"{place} cannot be written: {refusal(error, workdir)}.") from error
 
 
 def claim(config: Config, splits: Splits) -> None:
@@ -151,8 +153,12 @@ def write(path: Path, text: str) -> None:
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.new")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def sha256(tree: Tree) -> str:

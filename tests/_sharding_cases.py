@@ -19,6 +19,8 @@ from jax.sharding import PartitionSpec as P
 import jaxent
 from jaxent._kernels import native
 
+pytestmark = pytest.mark.more(one_in=7)
+
 SIZES = {"n": 16, "c": 32, "l": 3, "d": 12}  # tokens, classes, and two axes that are never sharded
 
 # Over which mesh axes tokens and classes are sharded.

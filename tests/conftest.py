@@ -38,15 +38,16 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "more(one_in, inside): runs, or has more cases, with --all")
-    many = config.option.all or config.option.rest
-    settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "all" if many else "few"))
+    by_default = "all" if config.option.all or config.option.rest else "few"
+    asked = config.getoption("--hypothesis-profile") or os.environ.get("HYPOTHESIS_PROFILE")
+    settings.load_profile(asked or by_default)
 
 
 def pytest_collection_modifyitems(config, items):
     if config.option.all:
         return
     number = defaultdict(itertools.count)  # of each test's case
-    chosen = [_runs(item, next(number[item.function]), config.option.rest) for item in items]
+    chosen = [_runs(item, next(number[getattr(item, "function", item)]), config.option.rest) for item in items]
     config.hook.pytest_deselected(items=[item for item, runs in zip(items, chosen, strict=True) if not runs])
     items[:] = itertools.compress(items, chosen)
 

@@ -14,7 +14,7 @@ import pytest
 
 import jaxent
 
-pytestmark = pytest.mark.usefixtures("implementation")
+pytestmark = [pytest.mark.usefixtures("implementation"), pytest.mark.more(one_in=7)]
 
 MARGINS = (0.0, 0.5, 2.0, 10.0, 17.0, 20.0, 30.0, 40.0, 60.0, 80.0, 87.0)
 OFFSETS = (0.0, 1.0, -100.0, 1e4, -1e4)

@@ -38,6 +38,7 @@ def test_a_goal_is_crossed_when_it_is_first_told():
     assert lines[3][2:] == ["15.0", "s", "never", "-"]
 
 
+@pytest.mark.more
 def test_both_train_and_are_followed(tmp_path):
     sample = data.load(data.SAMPLE)
     few = {split: Digits(digits.images[::4], digits.labels[::4]) for split, digits in sample.items()}

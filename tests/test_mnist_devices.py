@@ -87,6 +87,7 @@ def distances(workdir, params, other_workdir, other_params) -> tuple[float, floa
     return losses, max(float(np.abs(np.asarray(a) - np.asarray(b)).max()) for a, b in leaves)
 
 
+@pytest.mark.more(one_in=2)
 @pytest.mark.parametrize("device_count", [2, 8])
 def test_the_number_of_devices_does_not_matter(device_count, alone, tolerance, tmp_path):
     """Neither for the result, nor for who can read the checkpoint."""
@@ -273,6 +274,7 @@ def two_devices(tmp_path_factory):
     return workdir, json.loads(out.splitlines()[-1])["fingerprint"]
 
 
+@pytest.mark.more(one_in=2)
 @pytest.mark.parametrize("join", [by_flags, by_slurm])
 def test_two_processes_are_stopped_together_and_end_as_one(join, tmp_path, two_devices):
     """To the bit: a sum of two parts does not depend on where they come from. One of them writes and prints."""

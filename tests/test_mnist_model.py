@@ -16,6 +16,7 @@ from flax import nnx
 from mnist.model import DEEP, NETWORKS, SMALL, Cnn, Committee, max_pool, patches
 
 
+@pytest.mark.more(one_in=5)
 @pytest.mark.parametrize("channels", [1, 5])
 @pytest.mark.parametrize("extent", [7, 14])
 @pytest.mark.parametrize(("size", "stride"), [(3, 1), (3, 2), (4, 2), (5, 2)])
@@ -89,6 +90,7 @@ def set_to(tensor, array):
         tensor.copy_(torch.tensor(np.asarray(array)))
 
 
+@pytest.mark.more(one_in=2)
 @pytest.mark.parametrize("layers", [layers for members in NETWORKS.values() for layers in members])
 def test_the_network_equals_torchs_layers(layers):
     torch = pytest.importorskip("torch")

@@ -214,6 +214,7 @@ def predictions(workdir, paths, capsys):
     return [int(line[2]) for line in lines]
 
 
+@pytest.mark.more(one_in=3)
 @pytest.mark.parametrize("name", VARIANTS)
 def test_pictures_of_test_digits_are_recognised(name, workdir, tmp_path, capsys):
     paths = [render(DIGITS.images[i], tmp_path / f"{i}-{name}", **VARIANTS[name]) for i in CHOSEN]

@@ -1,5 +1,6 @@
 """Interrupted runs of the worked example go on, and end with the bits of a run that was never interrupted."""
 
+import errno
 import json
 import os
 import random
@@ -25,6 +26,7 @@ from flax import nnx
 
 from mnist import checkpoints, run, training
 from mnist.config import Config
+from mnist.disk import refusal
 from mnist.idx import Digits
 from mnist.model import make_network
 from mnist.workdir import WorkdirError, alone
@@ -82,6 +84,7 @@ def test_metrics_are_one_line_an_epoch(uninterrupted):
     assert rows[-1]["test_accuracy"] > 0.9
 
 
+@pytest.mark.more
 def test_killed_at_ten_moments(tmp_path, uninterrupted, cache):
     """One of them while a checkpoint is written, one before the first step, and the others wherever it hits."""
     workdir = tmp_path / "run"
@@ -105,6 +108,7 @@ def checkpoint_steps(workdir: Path) -> list[int]:
     return sorted(int(path.name) for path in (workdir / "checkpoints").iterdir() if path.name.isdigit())
 
 
+@pytest.mark.more(one_in=2)
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_saves_and_says_how_to_go_on(number, tmp_path, uninterrupted, cache):
     workdir = tmp_path / "run"
@@ -354,6 +358,7 @@ def cut(path: Path) -> None:
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
+@pytest.mark.more(one_in=3)
 @pytest.mark.parametrize("damage", [flip, cut, Path.unlink])
 def test_a_damaged_checkpoint_is_never_believed(damage, tmp_path, capsys):
     """Damage each file in turn: either it matters not, or the checkpoint before is taken, and that is said."""
@@ -417,24 +422,49 @@ def test_arrays_may_change_while_they_are_saved(tmp_path):
     assert np.all(np.asarray(found["params"]["kernel"]) == 1 + 4 * 4)
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="needs a limit on the size of files")
-def test_a_full_disk_gets_one_sentence(tmp_path):
-    script = f"""
+FULL = """
 import resource, sys
-import _mnist_run
-resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
-sys.exit(_mnist_run.main("never", {json.dumps({**RUN, "workdir": str(tmp_path / "run")})!r}))
+from pathlib import Path
+from _mnist_run import stripes
+import train_mnist
+from mnist import run
+
+run.obtain = lambda *_: {"train": stripes(500, 0), "test": stripes(100, 1)}
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]),) * 2)
+sys.exit(train_mnist.main(["--epochs", "3", "--batch-size", "100", "--workdir", sys.argv[1]]))
 """
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs a limit on the size of files")
+@pytest.mark.parametrize(("limit", "what"), [(100, "config.json"), (100_000, "checkpoints")])
+def test_a_full_disk_gets_one_sentence(limit, what, tmp_path):
+    """No file can grow beyond the limit: the command says nothing else, and leaves no part of a file."""
+    workdir = tmp_path / "run"
     path = os.pathsep.join([str(HERE), str(HERE.parent)])
     done = subprocess.run(
-        [sys.executable, "-c", script],
+        [sys.executable, "-c", FULL, str(workdir), str(limit)],
         env=os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": path},
         capture_output=True,
         text=True,
         check=False,
     )
     assert done.returncode == 1
-    # orbax logs too, in a thread of its own; the command silences that
-    sentences = [line for line in done.stderr.splitlines() if line.startswith("A checkpoint cannot be written under")]
-    assert len(sentences) == 1
-    assert "File too large" in sentences[0]
+    place = workdir / what if what == "checkpoints" else workdir
+    assert re.fullmatch(
+        rf".*{re.escape(str(place))}.*: File too large, with [0-9,]+\.[0-9] MB free\.\n", done.stderr
+    ), done.stderr
+    assert not list(workdir.glob(".*.new"))
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), r"No space left on device, with [\d,]+\.\d MB free"),
+        (ValueError("DATA_LOSS: [x: No space left on device]\n..."), r"No space left on device, with .* free"),
+        (PermissionError(errno.EACCES, "Permission denied", "x"), "Permission denied"),
+        (RuntimeError("of another\nkind."), "of another kind, with .* free"),
+        (RuntimeError(), "RuntimeError, with .* free"),
+    ],
+)
+def test_why_a_disk_takes_no_more(error, words, tmp_path):
+    assert re.fullmatch(words, refusal(error, tmp_path / "not" / "there"))

@@ -56,6 +56,7 @@ ARGUMENTS = {
 ROWS_ONLY = ("label_loss", "expected_loss", "pick")
 
 
+@pytest.mark.more(one_in=7)
 @pytest.mark.parametrize("special", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("shape", "index"), SHAPES, ids=str)
@@ -77,6 +78,7 @@ def test_it_computes_what_the_plain_form_does(shape, index, dtype, special):
                 np.testing.assert_allclose(g, w, rtol=16 * ulp, atol=8 * max(ulp, 2.0**-23) * scale, err_msg=name)
 
 
+@pytest.mark.more(one_in=3)
 @pytest.mark.parametrize("classes", [10, 20, 129, 513, 1025, 2049, 5000, 70_001])
 @pytest.mark.parametrize("axis", [0, 1])
 def test_the_label_counts_once_wherever_it_is(classes, axis):

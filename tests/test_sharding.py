@@ -27,10 +27,12 @@ def _environment(devices):
     return os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices), "PYTHONPATH": str(HERE.parent)}
 
 
+@pytest.mark.more(inside=True)
 @pytest.mark.parametrize("part", PARTS)
-def test_on_eight_devices(part, tmp_path, subtests):
+def test_on_eight_devices(part, tmp_path, subtests, request):
     report = tmp_path / "report.xml"
     command = [sys.executable, "-m", "pytest", "_sharding_cases.py", "-n", "0", "-k", part, f"--junitxml={report}"]
+    command += [option for option in ("--all", "--rest") if request.config.getoption(option)]
     run = subprocess.run(
         command, cwd=HERE, env=_environment(8), capture_output=True, text=True, timeout=900, check=False
     )
@@ -42,6 +44,16 @@ def test_on_eight_devices(part, tmp_path, subtests):
             assert not problems, problems[0]
     assert results
     assert run.returncode == 0, run.stdout + run.stderr
+
+
+def test_the_page_about_sharding_on_eight_devices():
+    """Elsewhere its sessions run on one device, where no factor shows."""
+    command = [sys.executable, "-m", "pytest", "docs/sharding.md", "-n", "0", "-q"]
+    run = subprocess.run(
+        command, cwd=HERE.parent, env=_environment(8), capture_output=True, text=True, timeout=300, check=False
+    )
+    assert run.returncode == 0, run.stdout
+    assert "1 passed" in run.stdout
 
 
 def _free_port():

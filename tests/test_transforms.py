@@ -14,6 +14,8 @@ from jax.test_util import check_grads
 
 import jaxent
 
+pytestmark = pytest.mark.more(one_in=7)
+
 N, C = 4, 5
 _RNG = np.random.default_rng(0)
 LOGITS = _RNG.normal(size=(N, C)) * 2

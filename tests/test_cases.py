@@ -1,0 +1,56 @@
+"""What `pytest` leaves out runs by `pytest --rest`, and the two together are `pytest --all`."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+pytest_plugins = ["pytester"]
+
+CASES = """
+import pytest
+from hypothesis import given, strategies as st
+
+@pytest.mark.parametrize("i", range(7))
+@pytest.mark.more(one_in=3)
+def test_many(i): pass
+
+@pytest.mark.more
+def test_long(): pass
+
+@pytest.mark.more(inside=True)
+def test_other_tests_inside(): pass
+
+@given(st.integers())
+def test_drawn(i): pass
+
+def test_plain():
+    ">>> 1 + 1"
+"""
+
+
+@pytest.fixture
+def chosen(pytester):
+    """Return a function that says which cases run with these options."""
+    pytester.makeconftest((Path(__file__).parent / "conftest.py").read_text())
+    pytester.makepyfile(test_it=CASES)
+
+    def names(*options):
+        lines = pytester.runpytest_subprocess("--collect-only", "-q", "--doctest-modules", *options).outlines
+        return {line.partition("::")[2] for line in lines if "::" in line}
+
+    return names
+
+
+def test_the_default_and_the_rest_are_all(chosen):
+    few, rest, every = chosen(), chosen("--rest"), chosen("--all")
+    assert few | rest == every
+    assert few & rest == {"test_other_tests_inside", "test_drawn"}  # of which there is less by default
+    assert {name for name in few if "many" in name} == {f"test_many[{i}]" for i in (0, 3, 6)}
+    assert "test_long" in rest
+    assert len(every) == 12
+
+
+def test_ci_runs_readmes_command_and_the_rest():
+    script = (Path(__file__).parent.parent / ".ci" / "run").read_text()
+    assert re.search(r'^eval "\$command"\npytest --rest$', script, re.MULTILINE)
