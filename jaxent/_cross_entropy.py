@@ -254,7 +254,9 @@ def mixture(
     return Mixture(target.label, Factors(a, None, z), q, target.label >= 0)
 
 
-def _uniform(mass: float, x: Array | jax.ShapeDtypeStruct, where: BoolArray | None, axis: ClassAxis) -> Float[Array, "..."]:
+def _uniform(
+    mass: float, x: Array | jax.ShapeDtypeStruct, where: BoolArray | None, axis: ClassAxis
+) -> Float[Array, "..."]:
     """`mass` spread evenly over the classes that are kept."""
     dtype = compute_dtype(x.dtype)
     if where is None:

@@ -116,6 +116,8 @@ def refusal(name: str, x: Any, *others: Any, axis: ClassAxis, dtype: DTypeLike =
     """Why that function is not computed here for such arguments."""
     if name not in FUNCTIONS:
         return f"it has no {name}"
+    if not INTERPRET and jax.default_backend() == "gpu" and float(jax.devices()[0].compute_capability) < AMPERE:
+        return "Triton wants a GPU of compute capability 8.0 or more"
     wide = {jnp.dtype(dtype), *(a.dtype for a in (x, *others) if a.ndim == x.ndim)}
     if not wide <= {jnp.dtype(d) for d in (jnp.float32, jnp.bfloat16, jnp.float16)}:
         return "it computes float32, bfloat16 and float16"
@@ -127,6 +129,7 @@ def refusal(name: str, x: Any, *others: Any, axis: ClassAxis, dtype: DTypeLike =
 
 
 LEAST_CLASSES = 512
+AMPERE = 8.0
 
 
 def unasked(_: str, x: Any, *__: Any, **___: Any) -> str | None:

@@ -26,6 +26,7 @@ STEP = 128  # registers of logits that a step of a loop takes, which is then unr
 GROUP = 64  # registers of logits of a group of rows, unless two tiles of rows have more
 BLOCK = 4 * 2**20  # bytes in and out that hide the start of their copies
 FAST_MEMORY = 56 * 2**20  # v5e, v5p and v6e have 128 MiB, v7x 64
+TOO_SMALL = ("TPU v2", "TPU v3", "TPU v4")  # have less; nobody has compiled for them
 SLACK = 4 * 2**20  # for what the compiler keeps beside the blocks
 
 
@@ -302,6 +303,8 @@ def refusal(name: str, x: Any, *others: Any, axis: ClassAxis, dtype: DTypeLike =
     """Why that function is not computed here for such arguments."""
     if name not in FUNCTIONS:
         return f"it has no {name}"
+    if not INTERPRET and jax.default_backend() == "tpu" and jax.devices()[0].device_kind.startswith(TOO_SMALL):
+        return f"the fast memory of a {jax.devices()[0].device_kind} is small"
     wide = {jnp.dtype(dtype), *(a.dtype for a in (x, *others) if a.ndim == x.ndim)}
     if not wide <= {jnp.dtype(jnp.float32), jnp.dtype(jnp.bfloat16)}:
         return "it computes float32 and bfloat16"
