@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Integer, Shaped
+from jaxtyping import Array, Bool, Float, Integer, Shaped
 
 from ._check import (
     AxisName,
@@ -43,7 +43,7 @@ from ._cross_entropy import LossOptions, Mixture, loss_options, mixture, read_ta
 from ._label_loss import How, is_easily_underflown, is_perturbed, mixed
 from ._linear import inner, linear
 from ._nll import Scale, counting, read_labels, scale_of_all, scale_of_each
-from ._product_loss import Center, Layer, center, product_losses, product_losses_and_gradient
+from ._product_loss import Center, Layer, center, dtype_of_exponentials, product_losses, product_losses_and_gradient
 
 
 def linear_cross_entropy(
@@ -390,13 +390,11 @@ def _sweep(
     """
     if differentiable:
         return _loop(options, _DIFFERENTIABLE, _small_chunks(options, arrays, skip=False), wanted, arrays, scale)
-    work = options, wanted
-    tpu, gpu = partial(_sweep_fused, *work, 0.0), partial(_sweep_fused, *work, 1.0)
+    in_caches, fused = (partial(sweep, options, wanted) for sweep in (_sweep_in_caches, _sweep_fused))
     if options.loss.implementation == "xla":
-        return tpu(arrays, scale)
-    return jax.lax.platform_dependent(
-        arrays, scale, cpu=partial(_sweep_in_caches, *work), cuda=gpu, rocm=gpu, default=tpu
-    )
+        return fused(arrays, scale)
+    gpu = partial(fused, holds_logits=True)
+    return jax.lax.platform_dependent(arrays, scale, cpu=in_caches, cuda=gpu, rocm=gpu, default=fused)
 
 
 class _Way(NamedTuple):
@@ -416,16 +414,24 @@ def _sweep_in_caches(
     return _loop(options, _Way(tiles=True), _small_chunks(options, arrays, skip=True), wanted, arrays, scale)
 
 
+def _dtype_of_exponentials(wanted: _Wanted, arrays: _Arrays) -> jnp.dtype:
+    bias = None if arrays.bias is None or not wanted[2] else arrays.bias.dtype
+    return dtype_of_exponentials(jnp.result_type(arrays.hidden, arrays.kernel), bias)
+
+
 def _sweep_fused(
-    options: _Options, wanted: _Wanted, logits: float, arrays: _Arrays, scale: Array | None
+    options: _Options, wanted: _Wanted, arrays: _Arrays, scale: Array | None, *, holds_logits: bool = False
 ) -> tuple[Float[Array, " tokens"], _Gradients]:
-    """Where a product leaves its accumulator as exponentials, or as `logits` (1.0) that are read once more."""
+    """Where a product can leave its accumulator as exponentials, unless the compiler `holds_logits` all the same."""
     tokens, features = arrays.hidden.shape
     smoothed = options.loss.label_smoothing and arrays.weight is not None
     indices = jnp.issubdtype(arrays.labels.dtype, jnp.integer)
-    way = _Way(fuses=bool(indices and not smoothed and options.softcap is None))
-    kept = jnp.result_type(arrays.hidden, arrays.kernel).itemsize / _compute_dtype(arrays).itemsize
-    kept += logits if way.fuses else 1.0
+    any_kernel = options.loss.implementation in (None, "xla")
+    way = _Way(fuses=bool(any_kernel and indices and not smoothed and options.softcap is None))
+    dtype, kept = _compute_dtype(arrays), jnp.result_type(arrays.hidden, arrays.kernel)
+    if way.fuses:
+        kept = _dtype_of_exponentials(wanted, arrays)
+    kept = kept.itemsize / dtype.itemsize + (holds_logits or not way.fuses)
     parts, counts = unseen_parts(arrays.hidden), counting(arrays.labels, options.loss.ignore_index)
     size = chunk_size_for_memory(tokens, kept, parts)
     if (counts is None or parts > 1) and fit_at_once(
@@ -448,6 +454,7 @@ def _loop(
     operand = jnp.result_type(hidden, kernel)
     kernel = kernel.astype(operand)
     near = center(Layer(kernel, bias), options.classes) if way.fuses else None
+    kept = _dtype_of_exponentials(wanted, arrays)
     largest = None
     if scale is not None and is_easily_underflown(operand):  # the factor of 1 / tokens would leave its range
         largest = jax.lax.stop_gradient(jnp.max(jnp.abs(scale), initial=0.0))
@@ -455,12 +462,18 @@ def _loop(
         scale = scale / largest
 
     def products(
-        x: Array, kernel: Array, bias: Array | None, weight: Array | None, labels: Array, s: Array
+        x: Array,
+        kernel: Array,
+        bias: Array | None,
+        weight: Array | None,
+        labels: Array,
+        counts: Array,
+        s: Array,
     ) -> tuple[Array, _Gradients]:
-        layer = Layer(kernel, bias)
+        made = _Made(Layer(kernel, bias), near, kept)
         if not any(wanted):
-            return _losses_of(options, layer, near, x, labels, weight), _Gradients(None, None, None)
-        loss, g = _losses_and_gradient_of(options, layer, near, x, labels, weight, s)
+            return _losses_of(options, made, x, labels, weight), _Gradients(None, None, None)
+        loss, g = _losses_and_gradient_of(options, made, x, labels, counts, weight, s)
         bias_term = jnp.sum(g, 0) if wanted[2] else None
         g = g.astype(operand)
         hidden_term = None
@@ -479,7 +492,7 @@ def _loop(
         x, y, s = (chunks.take(rows, i) for rows in by_token)
         x = jnp.where(counts[:, None], x, 0).astype(operand)  # NaNs of a row that does not count must not spread
         s = jnp.where(counts, s, 0.0)
-        loss, terms = products(x, kernel, bias, weight, y, s)
+        loss, terms = products(x, kernel, bias, weight, y, counts, s)
         of_hidden, of_kernel, of_bias = gradients
         if of_hidden is not None and terms.hidden is not None:
             of_hidden = chunks.put(of_hidden, terms.hidden, i)
@@ -548,12 +561,13 @@ def _sweep_directional(
         bias: Array | None,
         weight: Array | None,
         y: Array,
+        counts: Array,
         x_dot: Array | None,
         kernel_dot: Array | None,
         bias_dot: Array | None,
     ) -> Array:
         ones = jnp.ones(x.shape[0], dtype)
-        _, g = _losses_and_gradient_of(options, Layer(kernel, bias), None, x, y, weight, ones)
+        _, g = _losses_and_gradient_of(options, _Made(Layer(kernel, bias)), x, y, counts, weight, ones)
         logits_dot = jnp.zeros((1, 1), dtype) if bias_dot is None else bias_dot[None]
         if x_dot is not None:
             logits_dot += _dot(x_dot, kernel.astype(dtype), 1, 0, dtype)
@@ -566,7 +580,7 @@ def _sweep_directional(
         x, y = (chunks.take(rows, i) for rows in by_token)
         x_dot = None if hidden_dot is None else chunks.take(hidden_dot, i)
         x = jnp.where(counts[:, None], x, 0).astype(operand)
-        rows = along(x, kernel, bias, weight, y, x_dot, kernel_dot, bias_dot)
+        rows = along(x, kernel, bias, weight, y, counts, x_dot, kernel_dot, bias_dot)
         return chunks.put(tangent, jnp.where(counts, rows, 0.0), i), None
 
     start = vary(chunks.spread(jnp.zeros(hidden.shape[0], dtype)), *jax.tree.leaves((arrays, direction)))
@@ -574,40 +588,52 @@ def _sweep_directional(
     return chunks.gather(tangent)
 
 
+class _Made(NamedTuple):
+    """How logits are made of hidden states: by a layer, and if they are not to be held, near a center."""
+
+    layer: Layer
+    near: Center | None = None
+    kept: DTypeLike = jnp.float32  # exponentials
+
+
 def _losses_of(
-    options: _Options, layer: Layer, near: Center | None, x: Array, labels: Array, weight: Array | None
+    options: _Options, made: _Made, x: Array, labels: Array, weight: Array | None
 ) -> Float[Array, " size"]:
     """The losses of hidden states."""
-    if near is None:
-        logits = _capped(options, layer.logits(x))
+    if made.near is None:
+        logits = _capped(options, made.layer.logits(x))
         return _mixture(options, labels, weight, logits).rows(options.how, logits, jnp.ones((), logits.dtype))
-    losses = _mixture(options, labels, weight, layer.shape(x))
+    losses = _mixture(options, labels, weight, made.layer.shape(x))
     assert losses.label is not None
-    return mixed(losses.label, product_losses(layer, near, x, losses.label, options.classes), losses.factors)
+    return mixed(
+        losses.label, product_losses(made.layer, made.near, x, losses.label, options.classes), losses.factors
+    )
 
 
 def _losses_and_gradient_of(
     options: _Options,
-    layer: Layer,
-    near: Center | None,
+    made: _Made,
     x: Float[Array, "size features"],
     labels: Array,
+    counts: Bool[Array, " size"],
     weight: Float[Array, " classes"] | None,
     scale: Float[Array, " size"],
 ) -> tuple[Float[Array, " size"], Float[Array, "size classes"]]:
     """The losses of hidden states, and the gradient of `sum(scale * losses)` with respect to their logits."""
-    if near is None:
-        logits = _capped(options, layer.logits(x))
-        losses = _mixture(options, labels, weight, logits)
+    logits = _capped(options, made.layer.logits(x)) if made.near is None else made.layer.shape(x)
+    losses = _mixture(options, labels, weight, logits)
+    if losses.label is not None:  # what does not count has no label: no infinity of the kernel may reach it
+        losses = losses._replace(label=jnp.where(counts, losses.label, -1))
+    if not isinstance(logits, jax.ShapeDtypeStruct):
         loss, gradient = losses.rows_and_gradient(options.how, logits, scale)
         if options.softcap is not None:
             gradient = gradient * (1.0 - (logits / options.softcap) ** 2)
         return loss, gradient
-    losses = _mixture(options, labels, weight, layer.shape(x))
     label, factors = losses.label, losses.factors
     assert label is not None
+    assert made.near is not None
     rows = factors.times(scale).rows(label)
-    *parts, gradient = product_losses_and_gradient(layer, near, x, label, rows, options.classes)
+    *parts, gradient = product_losses_and_gradient(made.layer, made.near, x, label, rows, options.classes, made.kept)
     return mixed(label, parts, factors), gradient
 
 

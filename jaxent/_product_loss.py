@@ -6,7 +6,8 @@ stay in the dtype in which the gradient goes into its own products.
 
 A good $r$ is known beforehand: the mean of the row's logits without bias, weighted by the softmax of the bias, and
 $\log \sum_k \exp b_k - \log C$ more. By Jensen's inequality then $\sum_k e_k \ge C$, so nothing that counts
-underflows. It overflows where a logit is some 80 above $r$, and then all is made once more relative to the maximum.
+underflows. It would overflow where a logit is some 60 above $r$, and then all is made once more, relative to the
+maximum.
 """
 
 from typing import NamedTuple
@@ -21,6 +22,7 @@ from ._kernels import compute_dtype
 from ._kernels.xla import LabelSums, label_gradient, label_rows
 
 Row = Float[Array, " tokens"]
+_ROOM = 1e12  # for factors, for reciprocals, which are no normal numbers before sums are infinite, and for rounding
 
 
 class Layer(NamedTuple):
@@ -78,15 +80,22 @@ def product_losses_and_gradient(
     y: Integer[Array, " tokens"],
     factors: tuple[Row, ...],
     axis: ClassAxis,
+    kept: DTypeLike,
 ) -> tuple[Row, Row, Row, Float[Array, "tokens classes"]]:
-    """`label_loss_and_gradient` of their logits, the gradient being as precise as the dtype of `x`."""
-    dtype = compute_dtype(x.dtype)
-    sums, e = _sums(
-        layer, near, x, y, axis, x.dtype if jnp.finfo(x.dtype).maxexp == jnp.finfo(dtype).maxexp else dtype
-    )
+    """`label_loss_and_gradient` of their logits, the gradient being as precise as exponentials that are `kept` so."""
+    sums, e = _sums(layer, near, x, y, axis, kept)
     assert e is not None
     label = axis.one_hot(y, e)
-    return *label_rows(sums, y, axis=axis), label_gradient(sums, label, e.astype(dtype), y, *factors, axis=axis)
+    gradient = label_gradient(sums, label, e.astype(sums.others.dtype), y, *factors, axis=axis)
+    return *label_rows(sums, y, axis=axis), gradient
+
+
+def dtype_of_exponentials(hidden: DTypeLike, summed: DTypeLike | None) -> jnp.dtype:
+    """In which they wait for products with arrays like `hidden`, or for being `summed` as the gradient of a bias."""
+    wide = compute_dtype(hidden)
+    narrow = jnp.finfo(hidden).maxexp == jnp.finfo(wide).maxexp  # float16 has not the range
+    sums_wide = summed is not None and jnp.dtype(summed).itemsize > jnp.dtype(hidden).itemsize
+    return jnp.dtype(hidden) if narrow and not sums_wide else wide
 
 
 class _State(NamedTuple):
@@ -111,7 +120,7 @@ def _sums(
     def too_far(state: _State) -> Bool[Array, ""]:
         d = jnp.where(axis.expand(y < 0), -jnp.inf, state.sums.d)
         total = state.sums.others + jnp.where(jnp.isnan(d), 0.0, jnp.exp(d))
-        return (state.tries == 0) & ~jnp.all((total >= 1.0) & jnp.isfinite(total))
+        return (state.tries == 0) & ~jnp.all((total >= 1.0) & (total <= jnp.finfo(total.dtype).max / _ROOM))
 
     def again(state: _State) -> _State:
         # Behind barriers, or the compiler would make the logits that are the same each time once, and keep them.
@@ -119,5 +128,6 @@ def _sums(
         known, maximum = jax.lax.optimization_barrier((known, axis.max(layer.logits(known))))
         return relative_to(maximum, known, tries + 1)
 
+    # A loop, which updates exponentials in place, where a condition would copy them.
     state = jax.lax.while_loop(too_far, again, relative_to(near.of(x), x, vary(jnp.int32(0), x)))
     return state.sums, state.e

@@ -78,6 +78,60 @@ def test_logits_of_any_size(scale, dtype):
         assert np.linalg.norm(np.asarray(g, float) - e) <= 2.0 * rounding * np.linalg.norm(e)
 
 
+@pytest.mark.parametrize("options", [{}, {"z_loss": 0.1}, {"weight": 1000.0}], ids=["plain", "z_loss", "weight"])
+@pytest.mark.parametrize("dtype", [np.float32, jnp.bfloat16])
+@pytest.mark.parametrize("top", [50.0, 60.5, 78.0, 85.0, 87.5, 88.3, 88.6, 88.7215, 90.0])
+def test_where_exponentials_are_about_to_overflow(top, dtype, options):
+    """Class by class: one that leads by far, as the label and not, and others far behind."""
+    kernel = jnp.zeros((1, 1001), dtype).at[0, 0].set(top).at[0, 1].set(-top)
+    x = np.asarray(kernel, float)[0]
+    p = np.exp(log_softmax(x))
+    z = 2.0 * options.get("z_loss", 0.0) * logsumexp(x)
+    weight = options.get("weight", 1.0)
+    options = options | ({"weight": jnp.full(1001, weight)} if "weight" in options else {})
+    for label in (0, 2):
+        loss = partial(fused, reduction="sum", **options)
+        found = jax.jit(
+            jax.grad(lambda w, label=label, loss=loss: loss(jnp.ones((1, 1), dtype), w, jnp.array([label])))
+        )
+        own = -p[1:].sum() if label == 0 else p[label] - 1.0
+        expected = p * (weight + z)
+        expected[label] = weight * own + z * p[label]
+        rtol = 2.0**-6 if dtype == jnp.bfloat16 else 2e-5
+        atol = 1001 * 1.2e-38 * (weight + z)  # what is no normal number may be 0
+        np.testing.assert_allclose(np.asarray(found(kernel), float)[0], expected, rtol=rtol, atol=atol)
+
+
+def test_the_gradient_of_a_wide_bias():
+    """Of bfloat16 hidden states that all lead to one class, whose exponentials are all rounded alike."""
+    hidden, kernel = jnp.ones((512, 4), jnp.bfloat16), jnp.zeros((4, 100), jnp.bfloat16)
+    bias = jnp.linspace(0.0, 3.0, 100)
+    labels = jnp.zeros(512, jnp.int32)
+    found = jax.grad(lambda b: fused(hidden, kernel, labels, bias=b, reduction="sum"))(bias)
+    expected = 512 * np.exp(log_softmax(np.asarray(bias, float)))
+    expected[0] -= 512
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("implementation", [None, "xla"])
+@pytest.mark.parametrize("chunk_size", [2, 3, None])
+def test_what_fills_a_chunk_meets_no_infinity(chunk_size, implementation):
+    hidden, kernel = jnp.ones((3, 2)), jnp.array([[0.3, 0.1, -jnp.inf], [0.2, 0.5, -jnp.inf]])
+    loss = partial(linear_cross_entropy, chunk_size=chunk_size, implementation=implementation)
+    found = jax.grad(loss, 1)(hidden, kernel, jnp.array([0, 1, 0]))
+    p = np.exp(log_softmax(np.array([0.5, 0.6])))
+    expected = np.tile(p - np.array([2.0, 1.0]) / 3.0, (2, 1))
+    np.testing.assert_allclose(found[:, :2], expected, rtol=1e-6)
+    assert (found[:, 2] == 0.0).all()
+
+
+def test_an_implementation_that_is_asked_for_serves_or_says_why_not():
+    hidden, kernel, labels = draw()
+    f = jax.jit(partial(linear_cross_entropy, implementation="native"))
+    with pytest.raises(ValueError, match="'native' cannot serve label_loss here: it has no kernels for tpu"):
+        f.trace(hidden, kernel, labels).lower(lowering_platforms=("tpu",))
+
+
 def test_when_logits_are_made_twice():
     hidden, kernel, labels = draw()
     assert tries(Layer(kernel, None), hidden, labels) == 0

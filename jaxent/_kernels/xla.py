@@ -231,5 +231,5 @@ def label_gradient(
     a, u, z = map(axis.expand, (a, u, z))
     own, others = jnp.exp(sums.d), sums.others
     total, shared = others + own, u + 2.0 * z * lse
-    gradient = jnp.where(label, (shared * own - a * others) / total, e / total * (a + shared))
+    gradient = jnp.where(label, shared * (own / total) - a * (others / total), e / total * (a + shared))
     return jnp.where(axis.expand(y < 0), 0.0, gradient - u / max(axis.size(e), 1))
