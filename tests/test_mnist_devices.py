@@ -274,7 +274,7 @@ def two_devices(tmp_path_factory):
     return workdir, json.loads(out.splitlines()[-1])["fingerprint"]
 
 
-@pytest.mark.more(one_in=2)
+@pytest.mark.more
 @pytest.mark.parametrize("join", [by_flags, by_slurm])
 def test_two_processes_are_stopped_together_and_end_as_one(join, tmp_path, two_devices):
     """To the bit: a sum of two parts does not depend on where they come from. One of them writes and prints."""
