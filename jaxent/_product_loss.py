@@ -19,7 +19,7 @@ from jaxtyping import Array, Bool, Float, Integer
 
 from ._class_axis import ClassAxis, vary
 from ._kernels import compute_dtype
-from ._kernels.xla import LabelSums, label_gradient, label_rows
+from ._kernels.label_sums import LabelSums, label_gradient, label_rows
 
 Row = Float[Array, " tokens"]
 _ROOM = 1e12  # for factors, for reciprocals, which are no normal numbers before sums are infinite, and for rounding
@@ -49,8 +49,8 @@ class Center(NamedTuple):
     bias: Float[Array, ""]
 
     def of(self, x: Float[Array, "tokens features"]) -> Float[Array, "tokens 1"]:
-        """It, for each of them."""
-        return jnp.sum(x.astype(self.kernel.dtype) * self.kernel, 1, keepdims=True) + self.bias
+        """It, for each of them; an integer, which is mostly subtracted from logits without rounding."""
+        return jnp.round(jnp.sum(x.astype(self.kernel.dtype) * self.kernel, 1, keepdims=True) + self.bias)
 
 
 def center(layer: Layer, axis: ClassAxis) -> Center:
@@ -120,7 +120,7 @@ def _sums(
     def too_far(state: _State) -> Bool[Array, ""]:
         d = jnp.where(axis.expand(y < 0), -jnp.inf, state.sums.d)
         total = state.sums.others + jnp.where(jnp.isnan(d), 0.0, jnp.exp(d))
-        return (state.tries == 0) & ~jnp.all((total >= 1.0) & (total <= jnp.finfo(total.dtype).max / _ROOM))
+        return (state.tries == 0) & ~jnp.all((total >= 0.5) & (total <= jnp.finfo(total.dtype).max / _ROOM))
 
     def again(state: _State) -> _State:
         # Behind barriers, or the compiler would make the logits that are the same each time once, and keep them.

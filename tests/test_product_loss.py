@@ -13,7 +13,7 @@ from scipy.special import log_softmax, logsumexp
 
 from jaxent import linear_cross_entropy
 from jaxent._class_axis import ClassAxis
-from jaxent._kernels.xla import LabelSums, label_rows
+from jaxent._kernels.label_sums import LabelSums, label_rows
 from jaxent._product_loss import Layer, _sums, center
 
 N, D, C = 40, 8, 50

@@ -16,6 +16,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Integer
 
 from .._class_axis import ClassAxis
+from .label_sums import LabelSums, label_gradient, label_rows
 
 Logits = Float[Array, "..."]
 Row = Float[Array, "..."]
@@ -182,9 +183,7 @@ def _mean(
     return r.e > _threshold(total), own, mean
 
 
-def _label_sums(
-    x: Logits, y: Integer[Array, "..."], axis: ClassAxis
-) -> tuple["LabelSums", Bool[Array, "..."], Logits]:
+def _label_sums(x: Logits, y: Integer[Array, "..."], axis: ClassAxis) -> tuple[LabelSums, Bool[Array, "..."], Logits]:
     """Relative to the largest logit; and where the label is, and the exponentials, the label's own left out."""
     r, label = _exponentials(x, axis), axis.one_hot(y, x)
     e = jnp.where(label, 0.0, r.e)
@@ -192,44 +191,3 @@ def _label_sums(
     d = jnp.where(of_label == r.m, of_label * 0.0, of_label - r.m)
     d = jnp.where(axis.expand(y < classes), d, jnp.nan)
     return LabelSums(r.m, d, others, axis.sum(r.d) / max(classes, 1)), label, e
-
-
-class LabelSums(NamedTuple):
-    """What the losses of a row and their gradients are made of, relative to a number near its largest logit."""
-
-    reference: Row  # keeps the axis, as they all do
-    d: Row  # the label's logit; NaN where there is no such class
-    others: Row  # the sum of all exponentials but the label's
-    mean: Row  # of all logits
-
-
-def label_rows(sums: LabelSums, y: Integer[Array, "..."], *, axis: ClassAxis) -> tuple[Row, Row, Row]:
-    """`label_loss`."""
-    reference, d, others, mean = sums
-    own = jnp.exp(d)
-    leads = others < own
-    loss, log_total = jnp.log1p(others / own), jnp.log(others + own)
-    loss, log_total = jnp.where(leads, loss, log_total - d), jnp.where(leads, loss + d, log_total)
-    rows = loss, log_total - mean, reference + log_total
-    loss, uniform, lse = (jnp.where(y < 0, 0.0, axis.squeeze(row)) for row in rows)
-    return loss, uniform, lse
-
-
-def label_gradient(
-    sums: LabelSums,
-    label: Bool[Array, "..."],
-    e: Logits,
-    y: Integer[Array, "..."],
-    a: Row,
-    u: Row,
-    z: Row,
-    *,
-    axis: ClassAxis,
-) -> Logits:
-    """That of `label_loss_and_gradient`, from the exponentials of all classes but the label."""
-    lse = axis.expand(label_rows(sums, y, axis=axis)[2])
-    a, u, z = map(axis.expand, (a, u, z))
-    own, others = jnp.exp(sums.d), sums.others
-    total, shared = others + own, u + 2.0 * z * lse
-    gradient = jnp.where(label, shared * (own / total) - a * (others / total), e / total * (a + shared))
-    return jnp.where(axis.expand(y < 0), 0.0, gradient - u / max(axis.size(e), 1))
