@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy.special import log_softmax, logsumexp
@@ -177,6 +176,7 @@ def test_what_is_not_finite(value, where):
     else:
         bias = bias.at[3].set(value)
     labels = jnp.where(labels == 3, 4, labels)
+    torch = pytest.importorskip("torch")
     h, w, b = (torch.tensor(np.asarray(x)) for x in (hidden, kernel, bias))
     expected = torch.nn.functional.cross_entropy(
         h @ w + b, torch.tensor(np.asarray(labels), dtype=torch.int64), reduction="none"
