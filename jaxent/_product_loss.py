@@ -5,9 +5,9 @@ can be made where the product leaves its accumulator: no pass over logits waits 
 stay in the dtype in which the gradient goes into its own products.
 
 A good $r$ is known beforehand: the mean of the row's logits without bias, weighted by the softmax of the bias, and
-$\log \sum_k \exp b_k - \log C$ more. By Jensen's inequality then $\sum_k e_k \ge C$, so nothing that counts
-underflows. It would overflow where a logit is some 60 above $r$, and then all is made once more, relative to the
-maximum.
+$\log \sum_k \exp b_k - \log C$ more, rounded to an integer. By Jensen's inequality then $\sum_k e_k \ge C / \sqrt e$,
+so nothing that counts underflows. It would overflow where a logit is some 60 above $r$, and then all is made once
+more, relative to the maximum.
 """
 
 from typing import NamedTuple

@@ -153,14 +153,14 @@ def test_a_bias_that_hides_classes_costs_nothing(hidden_bias):
 
 @given(st.integers(0, 2**31), st.floats(-3, 1.2), st.floats(-3, 1.2), st.integers(1, C))
 def test_exponentials_never_underflow(seed, kernel_size, bias_size, shown):
-    """Their sum is at least the number of classes, by Jensen's inequality."""
+    """Their sum is at least the number of classes, by Jensen's inequality, but for the rounding to an integer."""
     rng = np.random.default_rng(seed)
     hidden, kernel, bias = (jnp.asarray(rng.standard_normal(shape), np.float32) for shape in ((N, D), (D, C), C))
     bias = jnp.where(jnp.arange(C) < shown, bias * 10**bias_size, -jnp.inf)
     layer, axis = Layer(kernel * 10**kernel_size, bias), ClassAxis(1)
     near = center(layer, axis).of(hidden)
     excess = logsumexp(np.asarray(layer.logits(hidden), float) - np.asarray(near, float), axis=1) - np.log(C)
-    assert (excess >= -1e-4 * (1.0 + np.abs(near[:, 0]))).all()
+    assert (excess >= -0.5 - 1e-4 * (1.0 + np.abs(near[:, 0]))).all()
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
