@@ -38,8 +38,8 @@ def chunk_size_for_memory(tokens: Any, kept: float, parts: int = 1) -> int:
     if not isinstance(tokens, int):  # of a size that is known when it runs
         return 1024
     steps = max(math.ceil(kept / _SHARE), -(-tokens // (_ENOUGH * parts)))
-    if tokens < 1024 * steps:  # small chunks fill the tiles of matrix units where the number of tokens allows
-        steps = next((n for n in range(steps, steps + steps // 3 + 1) if tokens % (128 * n) == 0), steps)
+    # In chunks that fill the tiles of matrix units, where the number of tokens allows.
+    steps = next((n for n in range(steps, steps + steps // 3 + 1) if tokens % (128 * n) == 0), steps)
     return max(-16 * (tokens // (-16 * steps)), 1)
 
 
