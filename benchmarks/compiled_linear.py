@@ -75,7 +75,7 @@ def count(chip: str, name: str, shape: tuple[int, int, int], dtype: str) -> Coun
     compiling = time.perf_counter() - start
     kept = jax.numpy.dtype(dtype).itemsize / 4 + (chip == "h100")
     at_once = name == "jaxent at once" and fit_at_once(tokens, features, kept)
-    steps = 0 if at_once else -(-tokens // chunk_size_for_memory(tokens, kept))
+    steps = 0 if at_once else -(-tokens // chunk_size_for_memory(tokens, features, kept))
     kernels = kernels_of(program.as_text(), steps)
     memory = program.memory_analysis()
     peak = memory.peak_memory_in_bytes - memory.argument_size_in_bytes - memory.output_size_in_bytes

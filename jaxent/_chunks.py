@@ -30,7 +30,7 @@ def chunk_size_in_caches(tokens: Any, features: Any) -> int:
     return min(-16 * (-even // 16), limit)
 
 
-def chunk_size_for_memory(tokens: Any, kept: float, parts: int = 1) -> int:
+def chunk_size_for_memory(tokens: Any, features: Any, kept: float, parts: int = 1) -> int:
     """Tokens whose logits an accelerator holds at once, if a chunk keeps `kept` times the bytes of its logits.
 
     A fifth of all logits at most, for each of so many `parts` of a machine.
@@ -38,8 +38,10 @@ def chunk_size_for_memory(tokens: Any, kept: float, parts: int = 1) -> int:
     if not isinstance(tokens, int):  # of a size that is known when it runs
         return 1024
     steps = max(math.ceil(kept / _SHARE), -(-tokens // (_ENOUGH * parts)))
-    # In chunks that fill the tiles of matrix units, where the number of tokens allows.
-    steps = next((n for n in range(steps, steps + steps // 3 + 1) if tokens % (128 * n) == 0), steps)
+    # Chunks that fill the tiles of matrix units, where the number of tokens allows; but no more chunks than necessary
+    # where each has to read and write a large sum of the kernel's gradient.
+    if isinstance(features, int) and 4 * features <= tokens:
+        steps = next((n for n in range(steps, steps + steps // 3 + 1) if tokens % (128 * n) == 0), steps)
     return max(-16 * (tokens // (-16 * steps)), 1)
 
 

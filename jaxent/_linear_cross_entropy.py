@@ -433,7 +433,7 @@ def _sweep_fused(
         kept = _dtype_of_exponentials(wanted, arrays)
     kept = kept.itemsize / dtype.itemsize + (holds_logits or not way.fuses)
     parts, counts = unseen_parts(arrays.hidden), counting(arrays.labels, options.loss.ignore_index)
-    size = chunk_size_for_memory(tokens, kept, parts)
+    size = chunk_size_for_memory(tokens, features, kept, parts)
     if (counts is None or parts > 1) and fit_at_once(
         tokens, features, kept
     ):  # what does not count is left out by chunks
