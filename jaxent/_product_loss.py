@@ -70,7 +70,8 @@ def product_losses(
     layer: Layer, near: Center, x: Float[Array, "tokens features"], y: Integer[Array, " tokens"], axis: ClassAxis
 ) -> tuple[Row, Row, Row]:
     """`label_loss` of their logits."""
-    return label_rows(_sums(layer, near, x, y, axis, None)[0], y, axis=axis)
+    sums, _ = _sums(layer, near, x, y, axis, None)
+    return label_rows(_from_label(sums), y, axis=axis)
 
 
 def product_losses_and_gradient(
@@ -87,7 +88,7 @@ def product_losses_and_gradient(
     assert e is not None
     label = axis.one_hot(y, e)
     gradient = label_gradient(sums, label, e.astype(sums.others.dtype), y, *factors, axis=axis)
-    return *label_rows(sums, y, axis=axis), gradient
+    return *label_rows(_from_label(sums), y, axis=axis), gradient
 
 
 def dtype_of_exponentials(hidden: DTypeLike, summed: DTypeLike | None) -> jnp.dtype:
@@ -96,6 +97,12 @@ def dtype_of_exponentials(hidden: DTypeLike, summed: DTypeLike | None) -> jnp.dt
     narrow = jnp.finfo(hidden).maxexp == jnp.finfo(wide).maxexp  # float16 has not the range
     sums_wide = summed is not None and jnp.dtype(summed).itemsize > jnp.dtype(hidden).itemsize
     return jnp.dtype(hidden) if narrow and not sums_wide else wide
+
+
+def _from_label(sums: LabelSums) -> LabelSums:
+    """Relative to the label's logit, unless that is far below: no small loss is a difference of logarithms."""
+    d = jnp.where(sums.d > -20.0, sums.d, 0.0)
+    return LabelSums(sums.reference + d, sums.d - d, sums.others * jnp.exp(-d), sums.mean - d)
 
 
 class _State(NamedTuple):

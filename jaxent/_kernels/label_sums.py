@@ -24,7 +24,7 @@ def label_rows(sums: LabelSums, y: Integer[Array, "..."], *, axis: ClassAxis) ->
     """`label_loss`."""
     reference, d, others, mean = sums
     own = jnp.exp(d)
-    leads = others < 8.0 * own  # or nearly so: no difference of two logarithms may be a small loss
+    leads = others < own
     loss, log_total = jnp.log1p(others / own), jnp.log(others + own)
     loss, log_total = jnp.where(leads, loss, log_total - d), jnp.where(leads, loss + d, log_total)
     rows = loss, log_total - mean, reference + log_total
