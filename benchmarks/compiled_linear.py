@@ -1,6 +1,7 @@
 """What the compilers of accelerators make of linear_cross_entropy, against plain optax: counted without a device.
 
     python benchmarks/compiled_linear.py [--chips v5e v6e v5p v7x h100] [--dtypes bfloat16] [--check | --write]
+    python benchmarks/compiled_linear.py --split batch | classes | both [--shape 65536 4096 128256]
 
 The value and both gradients of the mean loss, for one device. The time is an estimate: of each kernel the larger of
 its products over the chip's FLOPs and its bytes over the bandwidth, one after the other (`_cost.py`). Temporaries are
@@ -8,21 +9,25 @@ the peak of the compiled program's memory without arguments and results, in per 
 is jaxent with `ignore_index=None`. Bytes, FLOPs and temporaries are the same on every run; the seconds of compiling,
 which are given as a multiple of optax's, are not.
 
+`--split` compiles for the eight chips of a TPU v5e, batch or classes split over all of them or both over 4 x 2, in
+every way of sharding; its figures are of each chip, and with them come the large arrays that are communicated.
+
 `--check` fails where time or temporaries are a hundredth above what compiled_linear.json has; `--write` stores them.
 For the environment see compiled.py.
 """
 
 import argparse
 import json
+import re
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import compiled
-from _cost import CHIPS, kernels_of, seconds, total_bytes
+from _cost import CHIPS, array_bytes, kernels_of, seconds, total_bytes
 
 FILE = Path(__file__).with_suffix(".json")
 SHAPES = [
@@ -73,14 +78,71 @@ def count(chip: str, name: str, shape: tuple[int, int, int], dtype: str) -> Coun
     start = time.perf_counter()
     program = jax.jit(jax.value_and_grad(losses()[name], (0, 1))).lower(*arguments).compile()
     compiling = time.perf_counter() - start
-    kept = jax.numpy.dtype(dtype).itemsize / 4 + (chip == "h100")
-    at_once = name == "jaxent at once" and fit_at_once(tokens, features, kept)
-    steps = 0 if at_once else -(-tokens // chunk_size_for_memory(tokens, features, kept))
+    held = jax.numpy.dtype(dtype).itemsize / 4 + (chip == "h100")
+    at_once = name == "jaxent at once" and fit_at_once(tokens, features, held)
+    steps = 0 if at_once else -(-tokens // chunk_size_for_memory(tokens, features, held))
     kernels = kernels_of(program.as_text(), steps)
     memory = program.memory_analysis()
     peak = memory.peak_memory_in_bytes - memory.argument_size_in_bytes - memory.output_size_in_bytes
     share = 100 * peak / (4 * tokens * classes)
     return Counted(1e3 * seconds(kernels, CHIPS[chip]), 1e-9 * total_bytes(kernels), share, compiling)
+
+
+def split_rows(how: str, shape: tuple[int, int, int]) -> Iterator[str]:
+    """A row of the table for each way of sharding on eight chips."""
+    import jax
+    import numpy as np
+    from jax.experimental import topologies
+    from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+    import jaxent
+    from jaxent._chunks import chunk_size_for_memory
+
+    tokens, features, classes = shape
+    chips = np.array(topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x4").devices)
+    sizes = {"batch": (8, 1), "classes": (1, 8), "both": (4, 2)}[how]
+    of_tokens = PartitionSpec("data") if sizes[0] > 1 else PartitionSpec()
+    of_classes = PartitionSpec(None, "model") if sizes[1] > 1 else PartitionSpec()
+    for name, way in (("optax", "automatic"), *(("jaxent", way) for way in ("automatic", "explicit", "shard_map"))):
+        kind = AxisType.Explicit if way == "explicit" else AxisType.Auto
+        mesh = Mesh(chips.reshape(sizes), ("data", "model"), axis_types=(kind, kind))
+
+        def part(hidden: Any, kernel: Any, labels: Any) -> Any:
+            axis_name = "model" if sizes[1] > 1 else None
+            return jax.lax.pmean(jaxent.linear_cross_entropy(hidden, kernel, labels, axis_name=axis_name), "data")
+
+        specs = (of_tokens, of_classes, of_tokens)
+        mapped = jax.shard_map(part, mesh=mesh, in_specs=specs, out_specs=PartitionSpec())
+        loss = mapped if way == "shard_map" else losses()[name]
+        arguments = [
+            jax.ShapeDtypeStruct(size, dtype, sharding=NamedSharding(mesh, spec))
+            for size, dtype, spec in zip(
+                ((tokens, features), (features, classes), (tokens,)),
+                ("bfloat16", "bfloat16", "int32"),
+                specs,
+                strict=True,
+            )
+        ]
+        with jax.set_mesh(mesh):
+            program = jax.jit(jax.value_and_grad(loss, (0, 1))).lower(*arguments).compile()
+        own = tokens // (1 if way == "automatic" else sizes[0])
+        parts = 8 if way == "automatic" else 1
+        kernels = kernels_of(program.as_text(), -(-own // chunk_size_for_memory(own, features, 0.5, parts)))
+        memory = program.memory_analysis()
+        peak = memory.peak_memory_in_bytes - memory.argument_size_in_bytes - memory.output_size_in_bytes
+        sent = [k for k in kernels if re.match("all-|reduce-scatter|collective", k.instruction.operation)]
+        large = [
+            f"{k.times} x {k.instruction.kind.split('{')[0]}"
+            for k in sent
+            if array_bytes(k.instruction.kind, fast=True) > 2**20
+        ]
+        cells = [
+            how,
+            f"{name}, {way}",
+            f"{1e3 * seconds(kernels, CHIPS['v5e']):.1f}",
+            f"{1e-9 * total_bytes(kernels):.1f}",
+        ]
+        yield f"| {' | '.join([*cells, f'{1e-6 * peak:,.0f}', ', '.join(large)])} |"
 
 
 def row(chip: str, shape: tuple[int, int, int], dtype: str, found: dict[str, Counted]) -> str:
@@ -109,6 +171,8 @@ def main() -> None:
     parser.add_argument("--chips", nargs="+", choices=list(CHIPS), default=["v5e"])
     parser.add_argument("--dtypes", nargs="+", choices=["bfloat16", "float32"], default=["bfloat16"])
     parser.add_argument("--shapes", type=int, default=len(SHAPES), help="so many of the shapes")
+    parser.add_argument("--split", choices=["batch", "classes", "both"], help="on eight chips of a TPU v5e")
+    parser.add_argument("--shape", type=int, nargs=3, default=(65536, 4096, 128256), help="of --split")
     action = parser.add_mutually_exclusive_group()
     action.add_argument("--check", action="store_true", help="fail where a figure is worse than it was; jaxent alone")
     action.add_argument("--write", action="store_true", help="store the figures in compiled_linear.json")
@@ -117,6 +181,12 @@ def main() -> None:
     if not gpu and "h100" in arguments.chips:
         parser.error("a process compiles for TPUs or for a GPU; give h100 alone")
     compiled.prepare("gpu" if gpu else "tpu")
+    if arguments.split:
+        print("| split | how | estimated ms | GB moved | temporaries, MB | large arrays that are communicated |")
+        print("|---|---|---:|---:|---:|---|")
+        for line in split_rows(arguments.split, tuple(arguments.shape)):
+            print(line, flush=True)
+        return
     import jax
 
     stored = json.loads(FILE.read_text()) if FILE.exists() else {}

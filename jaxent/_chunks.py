@@ -30,14 +30,14 @@ def chunk_size_in_caches(tokens: Any, features: Any) -> int:
     return min(-16 * (-even // 16), limit)
 
 
-def chunk_size_for_memory(tokens: Any, features: Any, kept: float, parts: int = 1) -> int:
-    """Tokens whose logits an accelerator holds at once, if a chunk keeps `kept` times the bytes of its logits.
+def chunk_size_for_memory(tokens: Any, features: Any, held: float, parts: int = 1) -> int:
+    """Tokens whose logits an accelerator holds at once, if a chunk needs `held` times the bytes of its logits.
 
     A fifth of all logits at most, for each of so many `parts` of a machine.
     """
     if not isinstance(tokens, int):  # of a size that is known when it runs
         return 1024
-    steps = max(math.ceil(kept / _SHARE), -(-tokens // (_ENOUGH * parts)))
+    steps = max(math.ceil(held / _SHARE), -(-tokens // (_ENOUGH * parts)))
     # Chunks that fill the tiles of matrix units, where the number of tokens allows; but no more chunks than necessary
     # where each has to read and write a large sum of the kernel's gradient.
     if isinstance(features, int) and 4 * features <= tokens:
@@ -45,9 +45,9 @@ def chunk_size_for_memory(tokens: Any, features: Any, kept: float, parts: int = 
     return max(-16 * (tokens // (-16 * steps)), 1)
 
 
-def fit_at_once(tokens: Any, features: Any, kept: float) -> bool:
+def fit_at_once(tokens: Any, features: Any, held: float) -> bool:
     """Whether all tokens at once take no more than chunks of them, which add up the kernel's gradient beside them."""
-    return isinstance(tokens, int) and isinstance(features, int) and 0 < (kept - _SHARE) * tokens <= features
+    return isinstance(tokens, int) and isinstance(features, int) and 0 < (held - _SHARE) * tokens <= features
 
 
 @dataclass(frozen=True)

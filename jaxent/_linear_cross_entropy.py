@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -389,7 +389,7 @@ def _sweep(
     product itself.
     """
     if differentiable:
-        return _loop(options, _DIFFERENTIABLE, _small_chunks(options, arrays, skip=False), wanted, arrays, scale)
+        return _loop(options, "differentiable", _small_chunks(options, arrays, skip=False), wanted, arrays, scale)
     in_caches, fused = (partial(sweep, options, wanted) for sweep in (_sweep_in_caches, _sweep_fused))
     if options.loss.implementation == "xla":
         return fused(arrays, scale)
@@ -397,21 +397,15 @@ def _sweep(
     return jax.lax.platform_dependent(arrays, scale, cpu=in_caches, cuda=gpu, rocm=gpu, default=fused)
 
 
-class _Way(NamedTuple):
-    """How a loop goes."""
-
-    fuses: bool = False  # never holds logits, see _product_loss.py
-    tiles: bool = False  # adds to the kernel's gradient a tile at a time
-    differentiable: bool = False
-
-
-_DIFFERENTIABLE = _Way(differentiable=True)
+# How a loop goes: so that AD can differentiate it, with tiles added to the kernel's gradient one by one, with logits
+# in memory but no tiles, or without, see _product_loss.py.
+_Way = Literal["differentiable", "tiles", "logits", "fused"]
 
 
 def _sweep_in_caches(
     options: _Options, wanted: _Wanted, arrays: _Arrays, scale: Array | None
 ) -> tuple[Float[Array, " tokens"], _Gradients]:
-    return _loop(options, _Way(tiles=True), _small_chunks(options, arrays, skip=True), wanted, arrays, scale)
+    return _loop(options, "tiles", _small_chunks(options, arrays, skip=True), wanted, arrays, scale)
 
 
 def _dtype_of_exponentials(wanted: _Wanted, arrays: _Arrays) -> jnp.dtype:
@@ -427,16 +421,15 @@ def _sweep_fused(
     smoothed = options.loss.label_smoothing and arrays.weight is not None
     indices = jnp.issubdtype(arrays.labels.dtype, jnp.integer)
     any_kernel = options.loss.implementation in (None, "xla")
-    way = _Way(fuses=bool(any_kernel and indices and not smoothed and options.softcap is None))
-    dtype, kept = _compute_dtype(arrays), jnp.result_type(arrays.hidden, arrays.kernel)
-    if way.fuses:
-        kept = _dtype_of_exponentials(wanted, arrays)
-    kept = kept.itemsize / dtype.itemsize + (holds_logits or not way.fuses)
+    way = "fused" if any_kernel and indices and not smoothed and options.softcap is None else "logits"
+    stored = (
+        _dtype_of_exponentials(wanted, arrays) if way == "fused" else jnp.result_type(arrays.hidden, arrays.kernel)
+    )
+    held = stored.itemsize / _compute_dtype(arrays).itemsize + (holds_logits or way == "logits")
     parts, counts = unseen_parts(arrays.hidden), counting(arrays.labels, options.loss.ignore_index)
-    size = chunk_size_for_memory(tokens, features, kept, parts)
-    if (counts is None or parts > 1) and fit_at_once(
-        tokens, features, kept
-    ):  # what does not count is left out by chunks
+    size = chunk_size_for_memory(tokens, features, held, parts)
+    skipping = counts is not None and parts == 1  # of chunks
+    if not skipping and fit_at_once(tokens, features, held):
         size = tokens
     return _loop(options, way, _chunks(options, arrays, size, skip=True), wanted, arrays, scale)
 
@@ -453,8 +446,8 @@ def _loop(
     tokens, dtype = hidden.shape[0], _compute_dtype(arrays)
     operand = jnp.result_type(hidden, kernel)
     kernel = kernel.astype(operand)
-    near = center(Layer(kernel, bias), options.classes) if way.fuses else None
-    kept = _dtype_of_exponentials(wanted, arrays)
+    near = center(Layer(kernel, bias), options.classes) if way == "fused" else None
+    stored = _dtype_of_exponentials(wanted, arrays)
     largest = None
     if scale is not None and is_easily_underflown(operand):  # the factor of 1 / tokens would leave its range
         largest = jax.lax.stop_gradient(jnp.max(jnp.abs(scale), initial=0.0))
@@ -470,7 +463,7 @@ def _loop(
         counts: Array,
         s: Array,
     ) -> tuple[Array, _Gradients]:
-        made = _Made(Layer(kernel, bias), near, kept)
+        made = _Made(Layer(kernel, bias), near, stored)
         if not any(wanted):
             return _losses_of(options, made, x, labels, weight), _Gradients(None, None, None)
         loss, g = _losses_and_gradient_of(options, made, x, labels, counts, weight, s)
@@ -478,11 +471,11 @@ def _loop(
         g = g.astype(operand)
         hidden_term = None
         if wanted[0]:  # in the other order faster on CPUs
-            hidden_term = _dot(kernel, g, 1, 1, dtype).T if way.tiles else _dot(g, kernel, 1, 1, dtype)
-        kernel_term = (g if way.tiles else _dot(x, g, 0, 0, dtype)) if wanted[1] else None
+            hidden_term = _dot(kernel, g, 1, 1, dtype).T if way == "tiles" else _dot(g, kernel, 1, 1, dtype)
+        kernel_term = (g if way == "tiles" else _dot(x, g, 0, 0, dtype)) if wanted[1] else None
         return loss, _Gradients(hidden_term, kernel_term, bias_term)
 
-    if way.differentiable:
+    if way == "differentiable":
         products = jax.checkpoint(products)
     by_token = jax.tree.map(chunks.spread, (hidden, labels, jnp.ones(tokens, dtype) if scale is None else scale))
 
@@ -499,7 +492,7 @@ def _loop(
         if terms.kernel is not None:
             if of_kernel is None:
                 of_kernel = terms.kernel
-            elif way.tiles:
+            elif way == "tiles":
                 of_kernel = _add_product(of_kernel, x, terms.kernel, by_class=unseen_parts(kernel) == 1)
             else:
                 of_kernel = of_kernel + terms.kernel
@@ -508,7 +501,7 @@ def _loop(
         losses = chunks.put(losses, jnp.where(counts, loss, 0.0), i)
         return losses, _Gradients(of_hidden, of_kernel, of_bias)
 
-    once = way.fuses and isinstance(chunks.steps, int) and chunks.steps == 1
+    once = way == "fused" and isinstance(chunks.steps, int) and chunks.steps == 1
     zero = vary(jnp.zeros((), dtype), *jax.tree.leaves((arrays, scale)))
     start = (
         chunks.spread(jnp.broadcast_to(options.classes.total(zero), tokens)),
@@ -593,7 +586,7 @@ class _Made(NamedTuple):
 
     layer: Layer
     near: Center | None = None
-    kept: DTypeLike = jnp.float32  # exponentials
+    stored: DTypeLike = jnp.float32  # exponentials
 
 
 def _losses_of(
@@ -633,7 +626,9 @@ def _losses_and_gradient_of(
     assert label is not None
     assert made.near is not None
     rows = factors.times(scale).rows(label)
-    *parts, gradient = product_losses_and_gradient(made.layer, made.near, x, label, rows, options.classes, made.kept)
+    *parts, gradient = product_losses_and_gradient(
+        made.layer, made.near, x, label, rows, options.classes, made.stored
+    )
     return mixed(label, parts, factors), gradient
 
 

@@ -81,10 +81,10 @@ def product_losses_and_gradient(
     y: Integer[Array, " tokens"],
     factors: tuple[Row, ...],
     axis: ClassAxis,
-    kept: DTypeLike,
+    stored: DTypeLike,
 ) -> tuple[Row, Row, Row, Float[Array, "tokens classes"]]:
-    """`label_loss_and_gradient` of their logits, the gradient being as precise as exponentials that are `kept` so."""
-    sums, e = _sums(layer, near, x, y, axis, kept)
+    """`label_loss_and_gradient` of their logits; the gradient is as precise as exponentials that are `stored` so."""
+    sums, e = _sums(layer, near, x, y, axis, stored)
     assert e is not None
     label = axis.one_hot(y, e)
     gradient = label_gradient(sums, label, e.astype(sums.others.dtype), y, *factors, axis=axis)
@@ -112,7 +112,7 @@ class _State(NamedTuple):
 
 
 def _sums(
-    layer: Layer, near: Center, x: Array, y: Integer[Array, " tokens"], axis: ClassAxis, kept: DTypeLike | None
+    layer: Layer, near: Center, x: Array, y: Integer[Array, " tokens"], axis: ClassAxis, stored: DTypeLike | None
 ) -> tuple[LabelSums, Float[Array, "tokens classes"] | None]:
     """Relative to the center of logits or, if one is too far away from that, to their maximum; and exponentials."""
 
@@ -122,7 +122,7 @@ def _sums(
         of_label = jnp.where(axis.expand(y < classes), axis.sum(jnp.where(label, d, 0.0)), jnp.nan)
         sums = LabelSums(reference, of_label, axis.sum(jnp.where(label, 0.0, e)), axis.sum(d) / max(classes, 1))
         # Behind a barrier, or the compiler would keep logits in float32 instead.
-        return _State(sums, None if kept is None else jax.lax.optimization_barrier(e.astype(kept)), tries)
+        return _State(sums, None if stored is None else jax.lax.optimization_barrier(e.astype(stored)), tries)
 
     def too_far(state: _State) -> Bool[Array, ""]:
         d = jnp.where(axis.expand(y < 0), -jnp.inf, state.sums.d)

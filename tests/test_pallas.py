@@ -96,7 +96,7 @@ def test_where_the_plain_form_serves_on_one_of_them():
     assert "no multiple of 128" in _asked(tpu, (4096, 50257))
     assert "lie side by side" in _asked(tpu, (64, 5, 512))
     assert "does not fit" in _asked(tpu, (8, 2**20))
-    assert "it computes float32 and bfloat16" in _asked(tpu, (8, 512), "float16")
+    assert "it computes float32 and bfloat16 only" in _asked(tpu, (8, 512), "float16")
     assert "more than 2147483647 logits" in _asked(gpu, (2**16, 2**15))
 
 

@@ -95,7 +95,7 @@ def _row_function(plain: Callable[..., Any]) -> Any:
     @wraps(plain)
     def bound(*arrays: Any, implementation: str | None = None, **options: Any) -> Any:
         run = partial(primitive.bind, implementation=implementation, **options)
-        if MACHINES and implementation != "xla":
+        if implementation != "xla":
             run = _on_each_device(run, arrays, options["axis"])
         out = run(*arrays)
         return out[0] if len(out) == 1 else tuple(out)

@@ -16,21 +16,21 @@ from jax.experimental.pallas import triton as plgpu
 from jax.typing import DTypeLike
 
 from .._class_axis import ClassAxis
-from .rows import FUNCTIONS, Function, Part, Rows, repeat, struct
+from .rows import FUNCTIONS, Function, Part, Rows, grouped, repeat, struct
+from .rows import refusal as refusal_of_any
 
 INTERPRET: Any = False  # tests run the kernels on CPUs
 BLOCK = 8192  # classes, at most
 ENTRIES = 8  # of a block that a thread has
 WARP = 32
 LARGEST = 2**31 - 1  # entries that indices of 32 bits count
+LEAST_CLASSES = 512
+AMPERE = 8.0  # of compute capability
 
 
 def _kernel(function: Function, classes: int, block: int, *refs: Any) -> None:
     row, entry = pl.program_id(0), function.entry
-    names = function.arguments + function.results
-    wide, labels, given, out_rows, out = (
-        [ref for ref, name in zip(refs, names, strict=True) if name in some] for some in ("xt", "y", "yr", "s", "o")
-    )
+    wide, labels, given, out_rows, out = grouped(function, refs)
     blocks = pl.cdiv(classes, block)
     position = jax.lax.broadcasted_iota(jnp.int32, (block,), 0)
     y = labels[0][row] if labels else None
@@ -114,22 +114,11 @@ def _function(name: str) -> Callable[..., Any]:
 
 def refusal(name: str, x: Any, *others: Any, axis: ClassAxis, dtype: DTypeLike = jnp.float32, **_: Any) -> str | None:
     """Why that function is not computed here for such arguments."""
-    if name not in FUNCTIONS:
-        return f"it has no {name}"
     if not INTERPRET and jax.default_backend() == "gpu" and float(jax.devices()[0].compute_capability) < AMPERE:
         return "Triton wants a GPU of compute capability 8.0 or more"
-    wide = {jnp.dtype(dtype), *(a.dtype for a in (x, *others) if a.ndim == x.ndim)}
-    if not wide <= {jnp.dtype(d) for d in (jnp.float32, jnp.bfloat16, jnp.float16)}:
-        return "it computes float32, bfloat16 and float16"
-    if axis.index != x.ndim - 1:
-        return "the class axis is not the last"
-    if 0 in x.shape:
-        return "there is nothing to compute"
-    return None if math.prod(x.shape) <= LARGEST else f"there are more than {LARGEST} logits"
-
-
-LEAST_CLASSES = 512
-AMPERE = 8.0
+    if math.prod(x.shape) > LARGEST:
+        return f"there are more than {LARGEST} logits"
+    return refusal_of_any(name, ("float32", "bfloat16", "float16"), x, *others, axis=axis, dtype=dtype)
 
 
 def unasked(_: str, x: Any, *__: Any, **___: Any) -> str | None:

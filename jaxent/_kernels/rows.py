@@ -14,6 +14,8 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float
 
+from .._class_axis import ClassAxis
+
 Entries = Float[Array, "..."]  # of some classes of some rows
 Row = Float[Array, "..."]  # a number for each row, or the same number for all of its entries
 Sums: TypeAlias = tuple[Entries, ...]
@@ -75,6 +77,28 @@ def struct(shape: tuple[int, ...], dtype: DTypeLike, *like: Array) -> Any:
         return sum((jnp.sum(jnp.ravel(x)[:0]).astype(dtype) for x in arrays), jnp.zeros(shape, dtype))
 
     return jax.eval_shape(result, *like)
+
+
+def grouped(function: Function, refs: tuple[Any, ...]) -> tuple[list[Any], ...]:
+    """Of a kernel's arrays those of the logits' shape, the labels, all that is given of rows, and the results."""
+    names = function.arguments + function.results
+    return tuple(
+        [ref for ref, name in zip(refs, names, strict=False) if name in some] for some in ("xt", "y", "yr", "s", "o")
+    )
+
+
+def refusal(
+    name: str, floats: tuple[str, ...], x: Any, *others: Any, axis: ClassAxis, dtype: DTypeLike
+) -> str | None:
+    """Why no such kernel computes a function for such arguments; `floats` are what it can compute."""
+    if name not in FUNCTIONS:
+        return f"it has no {name}"
+    wide = (jnp.dtype(dtype), *(a.dtype for a in (x, *others) if a.ndim == x.ndim))
+    if any(x.name not in floats for x in wide):
+        return f"it computes {' and '.join(floats)} only"
+    if axis.index != x.ndim - 1:
+        return "the class axis is not the last"
+    return "there is nothing to compute" if 0 in x.shape else None
 
 
 def _collect_total(part: Part, total: Entries) -> Sums:

@@ -17,7 +17,8 @@ from jax.experimental.pallas import tpu as pltpu
 from jax.typing import DTypeLike
 
 from .._class_axis import ClassAxis
-from .rows import FUNCTIONS, Function, Part, Rows, repeat, struct
+from .rows import FUNCTIONS, Function, Part, Rows, grouped, repeat, struct
+from .rows import refusal as refusal_of_any
 
 INTERPRET: Any = False  # tests run the kernels on CPUs
 LANES, SUBLANES = 128, 8  # of a register and of a tile of memory
@@ -176,10 +177,7 @@ def _folded(
 
 
 def _kernel(function: Function, plan: _Plan, *refs: Any) -> None:
-    names = function.arguments + function.results + "e" * plan.keeps
-    wide, labels, given, out_rows, out = (
-        [ref for ref, name in zip(refs, names, strict=True) if name in some] for some in ("xt", "y", "yr", "s", "o")
-    )
+    wide, labels, given, out_rows, out = grouped(function, refs)
     block = _Block(
         plan, wide[0], wide[1] if wide[1:] else None, labels[0] if labels else None, refs[-1] if plan.keeps else None
     )
@@ -301,17 +299,11 @@ def _plan_of(name: str, arrays: Any, dtype: DTypeLike) -> _Plan | None:
 
 def refusal(name: str, x: Any, *others: Any, axis: ClassAxis, dtype: DTypeLike = jnp.float32, **_: Any) -> str | None:
     """Why that function is not computed here for such arguments."""
-    if name not in FUNCTIONS:
-        return f"it has no {name}"
     if not INTERPRET and jax.default_backend() == "tpu" and jax.devices()[0].device_kind.startswith(TOO_SMALL):
         return f"the fast memory of a {jax.devices()[0].device_kind} is small"
-    wide = {jnp.dtype(dtype), *(a.dtype for a in (x, *others) if a.ndim == x.ndim)}
-    if not wide <= {jnp.dtype(jnp.float32), jnp.dtype(jnp.bfloat16)}:
-        return "it computes float32 and bfloat16"
-    if axis.index != x.ndim - 1:
-        return "the class axis is not the last"
-    if 0 in x.shape:
-        return "there is nothing to compute"
+    why_not = refusal_of_any(name, ("float32", "bfloat16"), x, *others, axis=axis, dtype=dtype)
+    if why_not is not None:
+        return why_not
     return None if _plan_of(name, (x, *others), dtype) else "a row does not fit fast memory"
 
 
@@ -322,9 +314,8 @@ LEAST_ROWS = 2 * SUBLANES
 def unasked(_: str, x: Any, *__: Any, **___: Any) -> str | None:
     """Why it is XLA that computes what it could, unless somebody asks: by the bytes that are moved."""
     batch, rows, classes = _sides(x.shape)
-    if (
-        classes % LANES
-    ):  # XLA turns arguments and results so that their padding is small, and so would turn them again
+    # XLA lays arguments and results out so that their padding is small, and so would turn them for a kernel.
+    if classes % LANES:
         return f"the classes are no multiple of {LANES}"
     if classes < LEAST_CLASSES:
         return f"there are fewer than {LEAST_CLASSES} classes"
