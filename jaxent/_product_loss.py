@@ -50,7 +50,7 @@ class Center(NamedTuple):
 
     def of(self, x: Float[Array, "tokens features"]) -> Float[Array, "tokens 1"]:
         """It, for each of them; an integer, which is mostly subtracted from logits without rounding."""
-        return jnp.round(jnp.sum(x.astype(self.kernel.dtype) * self.kernel, 1, keepdims=True) + self.bias)
+        return jnp.round(jnp.sum(x.astype(self.kernel.dtype) * self.kernel[None], 1, keepdims=True) + self.bias)
 
 
 def center(layer: Layer, axis: ClassAxis) -> Center:
