@@ -16,6 +16,7 @@ from ._kernels import implementations
 
 AnyArray: TypeAlias = jax.Array | np.ndarray
 FloatArray: TypeAlias = Float[AnyArray, "..."]
+WeightArray: TypeAlias = Float[AnyArray, "..."] | Bool[AnyArray, "..."]
 LabelArray: TypeAlias = Integer[AnyArray, "..."] | Inexact[AnyArray, "..."]
 BoolArray: TypeAlias = Bool[AnyArray, "..."]
 AxisName: TypeAlias = str | tuple[str, ...]
@@ -102,6 +103,22 @@ def check_weight(weight: FloatArray | None, classes: int) -> None:
         raise ValueError(f"weight must have shape ({classes},), one entry per class, got shape {weight.shape}")
 
 
+def check_sample_weight(sample_weight: WeightArray | None, rows: tuple[int, ...]) -> None:
+    """Require a number or a truth value for each example, of which there are so many."""
+    if sample_weight is None:
+        return
+    if not hasattr(sample_weight, "dtype"):
+        raise TypeError(f"sample_weight must be a jax or numpy array, got {type(sample_weight).__name__}")
+    if not issubdtype(sample_weight.dtype, jnp.floating) and sample_weight.dtype != jnp.bool_:
+        raise TypeError(f"sample_weight must have a floating dtype or be boolean, got {sample_weight.dtype}")
+    shape = sample_weight.shape
+    if len(shape) != len(rows) or any(size not in (1, wanted) for size, wanted in zip(shape, rows, strict=True)):
+        raise ValueError(
+            f"sample_weight must have the shape {rows}, one entry per example, or 1 in place of some of these sizes, "
+            f"got shape {shape}"
+        )
+
+
 def check_smoothing(label_smoothing: float) -> float:
     """`label_smoothing` as a Python float in [0, 1]."""
     value = check_number("label_smoothing", label_smoothing)
@@ -138,9 +155,17 @@ def check_chunk_size(chunk_size: int | None) -> int | None:
 
 
 def check_labels(
-    name: str, shape: tuple[int, ...], labels: LabelArray, axis: ClassAxis, ignore_index: int | None
+    name: str,
+    shape: tuple[int, ...],
+    labels: LabelArray,
+    axis: ClassAxis,
+    ignore_index: int | None,
+    sample_weight: WeightArray | None = None,
 ) -> bool:
-    """Check `labels` against scores called `name` of `shape`; True if they are class indices."""
+    """Check `labels` against scores called `name` of `shape`; True if they are class indices.
+
+    What an example without weight has for a label is nobody's business.
+    """
     if not hasattr(labels, "dtype"):
         raise TypeError(f"labels must be a jax or numpy array, got {type(labels).__name__}")
     if issubdtype(labels.dtype, jnp.floating):
@@ -157,13 +182,14 @@ def check_labels(
             f"labels must have an integer dtype (class indices) or a floating dtype (class probabilities), "
             f"got {labels.dtype}"
         )
-    expected = shape[: axis.index] + shape[axis.index + 1 :]
+    expected = axis.rows(shape)
     if labels.shape != expected:
         raise ValueError(
             f"labels of dtype {labels.dtype} are class indices and must have the shape {expected}, "
             f"{name}'s {shape} without its class axis {axis.index}, got shape {labels.shape}"
         )
-    _check_range(labels, shape[axis.index] * axis.parts(), ignore_index)
+    if not isinstance(sample_weight, Tracer):
+        _check_range(labels, shape[axis.index] * axis.parts(), ignore_index, sample_weight)
     return True
 
 
@@ -173,12 +199,16 @@ def _unsigned(dtype: np.dtype) -> tuple[np.dtype, int]:
     return np.dtype(f"{dtype.byteorder}u{dtype.itemsize}"), int(np.iinfo(dtype).max) + 1
 
 
-def _check_range(labels: LabelArray, classes: int, ignore_index: int | None) -> None:
+def _check_range(
+    labels: LabelArray, classes: int, ignore_index: int | None, sample_weight: WeightArray | None
+) -> None:
     # Traced labels have no values yet, and a process cannot read what other hosts hold: both give NaN later.
     if isinstance(labels, Tracer):
         return
-    if jax.process_count() > 1 and isinstance(labels, jax.Array) and not labels.is_fully_addressable:
-        return
+    if jax.process_count() > 1:
+        for x in (labels, sample_weight):
+            if isinstance(x, jax.Array) and not x.is_fully_addressable:
+                return
     # numpy, not jnp: under an outer trace jnp would trace even a concrete array.
     values = np.asarray(labels)
     if values.dtype.kind not in "iu":
@@ -190,6 +220,8 @@ def _check_range(labels: LabelArray, classes: int, ignore_index: int | None) -> 
     wrong = unsigned >= limit
     if ignore_index is not None:
         wrong &= values != ignore_index
+    if sample_weight is not None:
+        wrong &= np.asarray(sample_weight) != 0
     if not np.count_nonzero(wrong):
         return
     position = tuple(int(i) for i in np.argwhere(wrong)[0])

@@ -25,6 +25,10 @@ class ClassAxis:
         """How many classes there are in all parts."""
         return x.shape[self.index] * self.parts()
 
+    def rows(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape of what has a number for each row."""
+        return shape[: self.index] + shape[self.index + 1 :]
+
     def parts(self) -> int:
         """Into how many parts `names` split the classes."""
         return jax.lax.axis_size(self.names) if self.names else 1  # itself a microsecond outside of jit

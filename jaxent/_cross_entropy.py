@@ -1,7 +1,6 @@
 """Cross-entropy: what labels, weights, smoothing and reductions mean, in terms of losses that are easy to compute."""
 
 import functools
-import math
 from functools import partial
 from typing import NamedTuple
 
@@ -17,6 +16,7 @@ from ._check import (
     Implementation,
     LabelArray,
     Reduction,
+    WeightArray,
     check_axis_name,
     check_floating,
     check_ignore_index,
@@ -24,6 +24,7 @@ from ._check import (
     check_labels,
     check_number,
     check_reduction,
+    check_sample_weight,
     check_smoothing,
     check_weight,
     check_where,
@@ -44,6 +45,7 @@ def cross_entropy(
     axis: int = -1,
     where: BoolArray | None = None,
     weight: FloatArray | None = None,
+    sample_weight: WeightArray | None = None,
     ignore_index: int | None = -100,
     reduction: Reduction = "mean",
     label_smoothing: float = 0.0,
@@ -54,11 +56,11 @@ def cross_entropy(
     r"""Cross-entropy between labels and the softmax of logits.
 
     $$\ell_i = -w_{y_i} \log \frac{\exp(x_{i, y_i})}{\sum_k \exp(x_{ik})}, \qquad
-      \text{mean} = \frac{\sum_i \ell_i}{\sum_i w_{y_i}}$$
+      \text{mean} = \frac{\sum_i v_i \ell_i}{\sum_i v_i w_{y_i}}$$
 
-    over the examples whose label is not `ignore_index`. With class probabilities $q$ for labels,
-    $\ell_i = -\sum_k w_k q_{ik} \log p_{ik}$, and the mean divides by the number of examples. Label smoothing
-    $\varepsilon$ replaces labels by $(1 - \varepsilon) q + \varepsilon / C$.
+    over the examples whose label is not `ignore_index`, with weights $w$ of classes and $v$ of examples. With class
+    probabilities $q$ for labels, $\ell_i = -\sum_k w_k q_{ik} \log p_{ik}$, and the mean divides by
+    $\sum_i v_i$. Label smoothing $\varepsilon$ replaces labels by $(1 - \varepsilon) q + \varepsilon / C$.
 
     Args:
         logits: unnormalised scores; a floating dtype, any shape with at least one axis.
@@ -66,8 +68,11 @@ def cross_entropy(
             (a floating dtype, the shape of `logits`).
         axis: the class axis. PyTorch's `(N, C, d1, ...)` is `axis=1`.
         where: boolean mask that broadcasts to `logits`; the loss is as if classes where it is False did not exist.
-            A label on such a class, or a row without any class left, has the loss inf.
+            A label on such a class has the loss inf. A row without any class left adds nothing, as an ignored one.
         weight: one weight per class, shape `(classes,)`.
+        sample_weight: one weight or truth value per example, of the shape of class indices or with 1 in place of some
+            sizes. Each loss is multiplied by it. An example of weight 0 adds nothing, whatever its logits and its
+            label are; the derivative by its weight is its loss all the same.
         ignore_index: examples with this label add nothing; None ignores none. Only for class indices.
         reduction: `"none"`, `"mean"` or `"sum"`.
         label_smoothing: share of the label, in [0, 1], that is spread evenly over the classes.
@@ -108,6 +113,7 @@ def cross_entropy(
     check_reduction(reduction)
     check_where("logits", logits.shape, where)
     check_weight(weight, logits.shape[classes.index])
+    check_sample_weight(sample_weight, classes.rows(logits.shape))
     check_implementation(implementation)
     options = loss_options(
         classes,
@@ -117,8 +123,8 @@ def cross_entropy(
         check_number("z_loss", z_loss),
         implementation,
     )
-    check_labels("logits", logits.shape, labels, classes, options.ignore_index)
-    return _cross_entropy(logits, labels, where, weight, options)
+    check_labels("logits", logits.shape, labels, classes, options.ignore_index, sample_weight)
+    return _cross_entropy(logits, labels, where, weight, sample_weight, options)
 
 
 class LossOptions(NamedTuple):
@@ -135,48 +141,57 @@ class LossOptions(NamedTuple):
 loss_options = functools.cache(LossOptions)  # one object for equal options, see class_axis
 
 
-@partial(jax.jit, static_argnums=4)
+@partial(jax.jit, static_argnums=5)
 def _cross_entropy(
     logits: FloatArray,
     labels: LabelArray,
     where: BoolArray | None,
     weight: FloatArray | None,
+    sample_weight: WeightArray | None,
     options: LossOptions,
 ) -> Float[Array, "..."]:
     axis, how = options.axis, How(options.axis, options.implementation)
     x, empty = hide_classes(jnp.asarray(logits), where, axis)
     dtype = compute_dtype(x.dtype)
-    target = read_target(x, labels, weight, options)
-    scale = scale_of(target, labels, axis.size(x), options, dtype)
+    v = None if sample_weight is None else jnp.broadcast_to(jnp.asarray(sample_weight, dtype), axis.rows(x.shape))
+    if empty is not None:
+        v = jnp.where(empty, 0.0, jnp.ones((), dtype) if v is None else v)
+    target = read_target(x, labels, weight, options, v)
+    scale = scale_of(target, axis.rows(x.shape), axis.size(x), v, options.reduction, dtype)
     losses = mixture(x, labels, target, where, weight, options)
+    one = jnp.ones((), dtype) if v is None else v
     if scale.factor is None:
-        loss = losses.rows(how, x, jnp.ones((), dtype))
-    else:
-        loss = losses.total(how, x, scale.factor) + scale.empty
-    if empty is None:
-        return loss
-    infinite = jnp.where(empty if target is None else empty & (target.label >= 0), jnp.inf, jnp.zeros((), dtype))
-    return loss + (infinite if scale.factor is None else jnp.sum(infinite))
+        return losses.rows(how, x, one)
+    return losses.total(how, x, scale.factor * one) + scale.empty
 
 
 def read_target(
-    x: Array | jax.ShapeDtypeStruct, labels: LabelArray, weight: FloatArray | None, options: LossOptions
+    x: Array | jax.ShapeDtypeStruct,
+    labels: LabelArray,
+    weight: FloatArray | None,
+    options: LossOptions,
+    sample_weight: Float[Array, "..."] | None = None,
 ) -> Target | None:
     """What class indices say about logits `x`; None for class probabilities."""
     if jnp.issubdtype(labels.dtype, jnp.floating):
         return None
     dtype = compute_dtype(x.dtype)
-    return read_labels(labels, options.axis.size(x), weight, options.ignore_index, dtype, options.axis.names)
+    axis, ignored = options.axis, options.ignore_index
+    return read_labels(labels, axis.size(x), weight, ignored, dtype, axis.names, sample_weight)
 
 
 def scale_of(
-    target: Target | None, labels: LabelArray, classes: int, options: LossOptions, dtype: DTypeLike
+    target: Target | None,
+    rows: tuple[int, ...],
+    classes: int,
+    sample_weight: Float[Array, "..."] | None,
+    reduction: Reduction,
+    dtype: DTypeLike,
 ) -> Scale:
-    """What reduces the losses of examples with such labels."""
-    if target is not None:
-        return scale_of_each(target, options.reduction, dtype)
-    rows = math.prod(size for i, size in enumerate(labels.shape) if i != options.axis.index)
-    return scale_of_all(rows, classes, options.reduction, dtype)
+    """What reduces the losses of so many examples, with class indices for a target or without."""
+    if target is None:
+        return scale_of_all(rows, classes, sample_weight, reduction, dtype)
+    return scale_of_each(target, sample_weight, reduction, dtype)
 
 
 class Mixture(NamedTuple):
@@ -221,7 +236,7 @@ class Mixture(NamedTuple):
         return add(losses), add(gradients)
 
     def _of_probabilities(self, how: How, x: Float[Array, "..."], scale: Float[Array, "..."]) -> Float[Array, "..."]:
-        shape = x.shape[: how.axis.index] + x.shape[how.axis.index + 1 :]
+        shape = how.axis.rows(x.shape)
         return jnp.broadcast_to(scale, shape) if self.counts is None else jnp.where(self.counts, scale, 0.0)
 
 
@@ -243,7 +258,7 @@ def mixture(
         q = q if q.dtype.itemsize < dtype.itemsize else q.astype(dtype)  # narrower ones stay as they are
         if uniform is not None:
             q = (1.0 - smoothing) * q.astype(dtype) + uniform
-        rows = x.shape[: axis.index] + x.shape[axis.index + 1 :]
+        rows = axis.rows(x.shape)
         nobody = None if z is None else jnp.zeros(rows, jnp.int32)
         return Mixture(nobody, Factors(None, None, z), scale_classes(q, weight, axis), None)
     a = jnp.asarray(1.0 - smoothing, dtype)

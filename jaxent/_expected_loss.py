@@ -13,7 +13,7 @@ from jaxtyping import Array, Float
 
 from . import _kernels as kernels
 from ._label_loss import How, Row, is_easily_underflown, is_perturbed
-from ._linear import inner, linear
+from ._linear import inner, linear, times
 from ._nll import expected_nll
 from ._softmax import add, log_softmax_cotangent, softmax_tangent
 
@@ -33,7 +33,7 @@ def expected_total(how: How, x: Logits, q: Logits, s: Row) -> Float[Array, ""]:
 def _linear_in_q(how: How, summed: bool, x: Logits, q: Logits, s: Row) -> Array:
     if how.axis.names:  # JAX knows how sums over devices are transposed
         log_p = kernels.log_softmax(x, dtype=s.dtype, **how._asdict())
-        losses = _scaled(s, expected_nll(log_p, q, how.axis))
+        losses = times(s, expected_nll(log_p, q, how.axis))
         return jnp.sum(losses) if summed else losses
     return linear(partial(_losses, how, summed), partial(_surprises, how, q.dtype), (x, s), q)
 
@@ -47,12 +47,8 @@ def _surprises(how: How, dtype: DTypeLike, x: Logits, s: Row, g: Array) -> Logit
 
 @partial(jax.custom_jvp, nondiff_argnums=(0, 1))
 def _losses(how: How, summed: bool, x: Logits, s: Row, q: Logits) -> Array:
-    losses = _scaled(s, kernels.expected_loss(x, q, **how._asdict()))
+    losses = times(s, kernels.expected_loss(x, q, **how._asdict()))
     return jnp.sum(losses) if summed else losses
-
-
-def _scaled(s: Row, losses: Row) -> Row:
-    return jnp.where(s == 0.0, 0.0, s * losses)
 
 
 @partial(_losses.defjvp, symbolic_zeros=True)
@@ -61,13 +57,13 @@ def _losses_jvp(how: How, summed: bool, primals: Any, tangents: Any) -> tuple[Ar
     out, terms = None, []
     if is_perturbed(x_dot) and summed and not is_easily_underflown(x.dtype):
         losses, gradient = expected_pass(how, x.dtype, x, q, s)
-        out = jnp.sum(_scaled(s, losses))
+        out = jnp.sum(times(s, losses))
         terms.append(inner(gradient, x_dot))
     elif is_perturbed(x_dot):
         along = linear(partial(_along, how), partial(_gradient, how, x.dtype), (x, q, s), x_dot)
         terms.append(jnp.sum(along) if summed else along)
     if is_perturbed(s_dot):
-        losses = jnp.where(s == 0.0, 0.0, s_dot * kernels.expected_loss(x, q, **how._asdict()))
+        losses = times(s_dot, kernels.expected_loss(x, q, **how._asdict()))
         terms.append(jnp.sum(losses) if summed else losses)
     if is_perturbed(q_dot):
         terms.append(_linear_in_q(how, summed, x, q_dot, s))
@@ -96,7 +92,7 @@ def _expected_loss_jvp(primals: Any, tangents: Any, **how: Any) -> tuple[Row, Ro
 
 def _along_both(how: How, x: Logits, q: Logits, x_dot: Logits | None, q_dot: Logits | None) -> Row:
     dtype = kernels.compute_dtype(x.dtype)
-    one = jnp.ones(x.shape[: how.axis.index] + x.shape[how.axis.index + 1 :], dtype)
+    one = jnp.ones(how.axis.rows(x.shape), dtype)
     terms = []
     if x_dot is not None:
         along = linear(partial(_along, how), partial(_gradient, how, x.dtype), (x, q, one), x_dot)
@@ -121,5 +117,5 @@ def _expected_pass_jvp(primals: Any, tangents: Any, *, dtype: DTypeLike, **how: 
         terms.append(-axis.expand(s) * log_softmax_cotangent(shown, q_dot, dtype=s.dtype, **how))
     if s_dot is not None:
         unit = expected_pass(How(**how), s.dtype, x, q, jnp.ones_like(s))[1]
-        terms.append(jnp.where(counts, axis.expand(s_dot) * unit, 0.0))
+        terms.append(times(jnp.broadcast_to(axis.expand(s_dot), x.shape), unit))
     return expected_pass(How(**how), dtype, *primals), (along, add(terms).astype(dtype))

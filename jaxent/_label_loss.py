@@ -2,7 +2,7 @@
 
 Of a row, `a * -log p_y + u * mean(-log p) + z * logsumexp ** 2`: the label's own loss, the mean over all classes that
 smoothing mixes in, and the z-loss, with factors that may differ from row to row. Factors that are None are 0. A
-label of -1 is none, and adds nothing.
+label of -1 is none, and adds nothing; nor does a row whose factors are all 0, whatever its logits are.
 """
 
 from functools import partial
@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Integer
 from . import _kernels as kernels
 from ._check import Implementation
 from ._class_axis import ClassAxis
-from ._linear import inner, linear
+from ._linear import inner, linear, times
 from ._softmax import add, probabilities, sum_possible
 
 Row = Float[Array, "..."]
@@ -39,8 +39,10 @@ class Factors(NamedTuple):
     z: Row | None
 
     def times(self, scale: Row) -> "Factors":
-        """All of them scaled."""
-        return Factors(*(None if x is None else scale * x for x in self))
+        """All of them scaled, by a number or by one for each row."""
+        if not scale.ndim:
+            return Factors(*(None if x is None else scale * x for x in self))
+        return Factors(*(None if x is None else times(scale, jnp.broadcast_to(x, scale.shape)) for x in self))
 
     def rows(self, like: Label) -> tuple[Row, ...]:
         """As kernels want them: a number for each row."""
@@ -97,12 +99,12 @@ def is_easily_underflown(dtype: DTypeLike) -> bool:
 def mixed(y: Label, parts: Any, factors: Factors) -> Row:
     """The mixture of the three losses of each row."""
     loss, uniform, lse = parts
-    a, u, z = factors
-    terms = [] if a is None else [a * loss]
+    a, u, z = (None if x is None else jnp.broadcast_to(x, y.shape) for x in factors)
+    terms = [] if a is None else [times(a, loss)]
     if u is not None:
-        terms.append(u * uniform)
+        terms.append(times(u, uniform))
     if z is not None:
-        terms.append(z * lse**2)
+        terms.append(times(z, lse**2))
     return jnp.where(y < 0, 0.0, add(terms))
 
 
@@ -142,30 +144,40 @@ def _along_rows(how: How, x: Array, y: Label, t: Array) -> tuple[Row, Row, Row]:
     of_loss = linear(partial(_along, how), partial(_gradient, how, x.dtype), (x, y, one, zero, zero), t)
     t = t.astype(dtype)
     p = kernels.softmax(_shown(x, y, axis), dtype=dtype, **how._asdict())
-    of_lse = sum_possible(p, p * t, axis)
+    of_lse = axis.total(linear(partial(_mean, axis), _spread, (p,), t))
     of_uniform = of_lse - axis.sum(t) / max(axis.size(x), 1)
     of_uniform, of_lse = (jnp.where(counts, axis.squeeze(row), 0.0) for row in (of_uniform, of_lse))
     return axis.total(of_loss), of_uniform, of_lse
+
+
+def _mean(axis: ClassAxis, p: Array, t: Array) -> Float[Array, "..."]:
+    return jnp.sum(jnp.where(p > 0.0, p * t, 0.0), axis.index, keepdims=True)
+
+
+def _spread(p: Array, g: Array) -> Float[Array, "..."]:
+    """The transpose, where a row whose cotangent is 0 may be NaN."""
+    return jnp.where(g == 0.0, 0.0, g * p)
 
 
 @kernels.label_loss_and_gradient.defjvp
 def _label_pass_jvp(primals: Any, tangents: Any, *, dtype: DTypeLike, **how: Any) -> tuple[Any, Any]:
     (x, y, a, u, z), (x_dot, _, *factors_dot) = primals, tangents
     axis, out = how["axis"], label_pass(How(**how), dtype, *primals)
+    counted = jnp.where((a == 0.0) & (u == 0.0) & (z == 0.0), -1, y)  # as in the gradient
     one, zero = jnp.ones_like(a), jnp.zeros_like(a)
     moved, terms = (zero, zero, zero), []
     for i, factor_dot in enumerate(factors_dot):  # the gradient is linear in the factors
         if factor_dot is not None:
             unit = label_pass(How(**how), a.dtype, x, y, *(one if i == j else zero for j in range(3)))[3]
-            terms.append((axis.expand(factor_dot) * unit).astype(dtype))
+            terms.append(times(jnp.broadcast_to(axis.expand(factor_dot), x.shape), unit).astype(dtype))
     if x_dot is not None:
         # Labels are constant, smoothed or not, so the gradient moves as softmax does; the z-loss curves it, too.
         moved = _along_rows(How(**how), x, y, x_dot)
-        p, dp = probabilities(_shown(x, y, axis), x_dot, **how)
+        p, dp = probabilities(_shown(x, counted, axis), x_dot, **how)
         curved = axis.expand(a + u + 2.0 * z * out[2]) * dp + axis.expand(2.0 * z) * _square(
             axis, p, x_dot.astype(p.dtype)
         )
-        terms.append(jnp.where(axis.expand(y >= 0), curved, 0.0).astype(dtype))
+        terms.append(jnp.where(axis.expand(counted >= 0), curved, 0.0).astype(dtype))
     return out, (*moved, add(terms))
 
 

@@ -18,6 +18,7 @@ from ._check import (
     Implementation,
     LabelArray,
     Reduction,
+    WeightArray,
     check_axis_name,
     check_chunk_size,
     check_floating,
@@ -26,6 +27,7 @@ from ._check import (
     check_labels,
     check_number,
     check_reduction,
+    check_sample_weight,
     check_smoothing,
     check_weight,
 )
@@ -39,10 +41,10 @@ from ._chunks import (
     unseen_parts,
 )
 from ._class_axis import ClassAxis, class_axis, vary
-from ._cross_entropy import LossOptions, Mixture, loss_options, mixture, read_target
+from ._cross_entropy import LossOptions, Mixture, loss_options, mixture, read_target, scale_of
 from ._label_loss import How, is_easily_underflown, is_perturbed, mixed
-from ._linear import inner, linear
-from ._nll import Scale, counting, read_labels, scale_of_all, scale_of_each
+from ._linear import inner, linear, times
+from ._nll import Scale, counting, read_labels
 from ._product_loss import Center, Layer, center, dtype_of_exponentials, product_losses, product_losses_and_gradient
 
 
@@ -53,6 +55,7 @@ def linear_cross_entropy(
     *,
     bias: FloatArray | None = None,
     weight: FloatArray | None = None,
+    sample_weight: WeightArray | None = None,
     ignore_index: int | None = -100,
     reduction: Reduction = "mean",
     label_smoothing: float = 0.0,
@@ -80,6 +83,9 @@ def linear_cross_entropy(
             (a floating dtype, shape `(..., classes)`).
         bias: shape `(classes,)`.
         weight: one weight per class, shape `(classes,)`.
+        sample_weight: one weight or truth value per token, of the shape of class indices or with 1 in place of some
+            sizes. Each loss is multiplied by it. A token of weight 0 is as good as ignored; the derivative by its
+            weight is its loss all the same, and where that is asked for, work is done for all tokens.
         ignore_index: tokens with this label add nothing, whatever `hidden` holds there; None ignores none. Where all
             tokens are on one device, no work is done for them but to fill up the last chunk.
         reduction: `"none"`, `"mean"` or `"sum"`.
@@ -122,8 +128,9 @@ def linear_cross_entropy(
     ignore_index = check_ignore_index(ignore_index)
     check_reduction(reduction)
     check_weight(weight, kernel.shape[1])
+    check_sample_weight(sample_weight, hidden.shape[:-1])
     shape = (*hidden.shape[:-1], kernel.shape[1])
-    check_labels("hidden @ kernel", shape, labels, axis, ignore_index)
+    check_labels("hidden @ kernel", shape, labels, axis, ignore_index, sample_weight)
     check_implementation(implementation)
     loss = loss_options(
         class_axis(1, axis.names),
@@ -134,7 +141,7 @@ def linear_cross_entropy(
         implementation,
     )
     options = _Options(loss, None if softcap is None else float(softcap), check_chunk_size(chunk_size))
-    return _linear_cross_entropy(hidden, kernel, bias, weight, labels, options)
+    return _linear_cross_entropy(hidden, kernel, bias, weight, labels, sample_weight, options)
 
 
 def _check(hidden: FloatArray, kernel: FloatArray, bias: FloatArray | None, softcap: float | None) -> None:
@@ -190,22 +197,27 @@ class _Gradients(NamedTuple):
 
 
 _Wanted = tuple[bool, bool, bool]
+_SampleWeight = Float[Array, "..."] | None  # one per token
 
 
-@partial(jax.jit, static_argnums=5)
+@partial(jax.jit, static_argnums=6)
 def _linear_cross_entropy(
     hidden: FloatArray,
     kernel: FloatArray,
     bias: FloatArray | None,
     weight: FloatArray | None,
     labels: LabelArray,
+    sample_weight: WeightArray | None,
     options: _Options,
 ) -> Float[Array, "..."]:
     arrays = _Arrays(*jax.tree.map(_at_least_half, (hidden, kernel, bias, weight, labels)))
-    scale, empty = _scale(options, arrays)
+    v = None
+    if sample_weight is not None:
+        v = jnp.broadcast_to(jnp.asarray(sample_weight, _compute_dtype(arrays)), hidden.shape[:-1])
+    scale, empty = _scale(options, arrays, v)
     shardings = [jax.typeof(x).sharding for x in jax.tree.leaves(arrays)]
     mesh = next((sharding.mesh for sharding in shardings if any(sharding.spec)), None)
-    loss = _on_device(options, arrays, scale) if mesh is None else _across_devices(options, arrays, scale, mesh)
+    loss = _on_device(options, arrays, v, scale) if mesh is None else _across_devices(options, arrays, v, scale, mesh)
     return loss + empty
 
 
@@ -217,7 +229,7 @@ def _at_least_half(x: Any) -> Array:
 
 
 def _across_devices(
-    options: _Options, arrays: _Arrays, scale: Float[Array, ""] | None, mesh: AbstractMesh
+    options: _Options, arrays: _Arrays, v: _SampleWeight, scale: Float[Array, ""] | None, mesh: AbstractMesh
 ) -> Float[Array, "..."]:
     """Under explicit sharding: arrays tell where tokens and classes are, so each device loops over its own tokens."""
     of_hidden, of_kernel = (jax.typeof(x).sharding for x in (arrays.hidden, arrays.kernel))
@@ -237,12 +249,13 @@ def _across_devices(
     of_labels = PartitionSpec(*lead, *(of_classes if arrays.labels.ndim > len(lead) else ()))
     specs = (of_hidden.spec, of_kernel.spec, of_classes, of_classes, of_labels)
     specs = tuple(None if x is None else spec for x, spec in zip(arrays, specs, strict=True))
+    specs = specs, None if v is None else PartitionSpec(*lead)
     shardings = jax.tree.map(partial(NamedSharding, mesh), specs)
-    parts = jax.tree.map(jax.sharding.reshard, tuple(arrays), shardings)
+    parts = jax.tree.map(jax.sharding.reshard, (tuple(arrays), v), shardings)
     options = options._replace(loss=options.loss._replace(axis=ClassAxis(1, class_names)))
 
     def part(parts: Any, scale: Array | None) -> Array:
-        loss = _on_device(options, _Arrays(*parts), scale)
+        loss = _on_device(options, _Arrays(*parts[0]), parts[1], scale)
         return loss if scale is None else jax.lax.psum(loss, token_names)
 
     explicit = [
@@ -262,17 +275,19 @@ def _names(*entries: str | tuple[str, ...] | None) -> tuple[str, ...]:
     return tuple(name for entry in entries if entry for name in ((entry,) if isinstance(entry, str) else entry))
 
 
-def _scale(options: _Options, arrays: _Arrays) -> Scale:
+def _scale(options: _Options, arrays: _Arrays, v: _SampleWeight) -> Scale:
     """What reduces the losses of all tokens."""
     dtype, classes = _compute_dtype(arrays), options.classes.size(arrays.kernel)
-    if jnp.issubdtype(arrays.labels.dtype, jnp.floating):
-        return scale_of_all(math.prod(arrays.hidden.shape[:-1]), classes, options.loss.reduction, dtype)
-    ignored, names = options.loss.ignore_index, options.classes.names
-    target = read_labels(arrays.labels, classes, arrays.weight, ignored, dtype, names)
-    return scale_of_each(target, options.loss.reduction, dtype)
+    target = None
+    if not jnp.issubdtype(arrays.labels.dtype, jnp.floating):
+        ignored, names = options.loss.ignore_index, options.classes.names
+        target = read_labels(arrays.labels, classes, arrays.weight, ignored, dtype, names, v)
+    return scale_of(target, arrays.hidden.shape[:-1], classes, v, options.loss.reduction, dtype)
 
 
-def _on_device(options: _Options, arrays: _Arrays, scale: Float[Array, ""] | None) -> Float[Array, "..."]:
+def _on_device(
+    options: _Options, arrays: _Arrays, v: _SampleWeight, scale: Float[Array, ""] | None
+) -> Float[Array, "..."]:
     """Losses of this device's tokens, or their scaled sum."""
     lead = arrays.hidden.shape[:-1]
     tokens = math.prod(lead)
@@ -280,7 +295,10 @@ def _on_device(options: _Options, arrays: _Arrays, scale: Float[Array, ""] | Non
         hidden=arrays.hidden.reshape(tokens, arrays.hidden.shape[-1]),
         labels=arrays.labels.reshape(tokens, *arrays.labels.shape[len(lead) :]),
     )
-    return _losses(options, arrays).reshape(lead) if scale is None else _total(options, arrays, scale)
+    v = None if v is None else v.reshape(tokens)
+    if scale is not None:
+        return _total(options, arrays, scale if v is None else scale * v)
+    return (_losses(options, arrays, None) if v is None else _weighted(options, arrays, v)).reshape(lead)
 
 
 def _compute_dtype(arrays: _Arrays) -> jnp.dtype:
@@ -290,31 +308,43 @@ def _compute_dtype(arrays: _Arrays) -> jnp.dtype:
 # Two functions of the arrays: the losses one by one, and their scaled sum. The rules of both are loops in which the
 # logits' gradient is made and used up chunk by chunk. The sum knows its cotangent but for a factor, so its gradients
 # come together with the losses: three matrix products in all. The single losses wait for their cotangents and then
-# make the logits anew: four.
+# make the logits anew: four. Tokens that are not `live`, where that is given, are as good as ignored: those of weight
+# 0, unless the derivative by their weight, which is their loss, is wanted.
+
+_Live = Bool[Array, " tokens"] | None
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _total(options: _Options, arrays: _Arrays, scale: Float[Array, ""]) -> Float[Array, ""]:
-    """`scale * sum(losses)`."""
-    return scale * jnp.sum(_losses(options, arrays))
+def _total(options: _Options, arrays: _Arrays, scale: Float[Array, ""] | Float[Array, " tokens"]) -> Float[Array, ""]:
+    """`sum(scale * losses)`."""
+    live = _live(scale)
+    return _scaled_sum(scale, _losses(options, arrays, live))
 
 
 @partial(_total.defjvp, symbolic_zeros=True)
 def _total_jvp(options: _Options, primals: tuple[_Arrays, Array], tangents: tuple[Any, Any]) -> tuple[Array, Array]:
     arrays, scale = primals
     arrays_dot, scale_dot = tangents
+    live = None if is_perturbed(scale_dot) else _live(scale)
     if is_perturbed(arrays_dot.weight) or is_perturbed(arrays_dot.labels):
-        return _jvp_by_ad(partial(_sweep_total, options), primals, tangents)
+        return _jvp_by_ad(partial(_sweep_total, options, live), primals, tangents)
     wanted, linear_dot = _wanted(arrays_dot)
     losses, gradients = _losses_and_gradients(
-        options, wanted, arrays, jnp.broadcast_to(scale, arrays.hidden.shape[:1])
+        options, wanted, arrays, jnp.broadcast_to(scale, arrays.hidden.shape[:1]), live
     )
     terms = [inner(g, t) for g, t in zip(jax.tree.leaves(gradients), linear_dot, strict=True)]
     tangent = options.classes.total(sum(terms, jnp.zeros((), losses.dtype)))
-    total = jnp.sum(losses)
     if is_perturbed(scale_dot):
-        tangent += total * scale_dot
-    return scale * total, tangent
+        tangent += _scaled_sum(scale_dot, losses)
+    return _scaled_sum(scale, losses), tangent
+
+
+def _live(scale: Float[Array, ""] | Float[Array, " tokens"]) -> _Live:
+    return scale != 0.0 if scale.ndim else None
+
+
+def _scaled_sum(scale: Float[Array, ""] | Float[Array, " tokens"], losses: Float[Array, " tokens"]) -> Array:
+    return jnp.sum(times(scale, losses)) if scale.ndim else scale * jnp.sum(losses)
 
 
 def _kept(gradient: Array, dtype: DTypeLike) -> Array:
@@ -323,27 +353,46 @@ def _kept(gradient: Array, dtype: DTypeLike) -> Array:
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _losses(options: _Options, arrays: _Arrays) -> Float[Array, " tokens"]:
-    """The loss of each token."""
-    return _sweep(options, (False, False, False), arrays, None)[0]
+def _weighted(options: _Options, arrays: _Arrays, v: Float[Array, " tokens"]) -> Float[Array, " tokens"]:
+    """The loss of each token, times its weight."""
+    return times(v, _losses(options, arrays, _live(v)))
+
+
+@partial(_weighted.defjvp, symbolic_zeros=True)
+def _weighted_jvp(
+    options: _Options, primals: tuple[_Arrays, Array], tangents: tuple[Any, Any]
+) -> tuple[Array, Array]:
+    live = None if is_perturbed(tangents[1]) else _live(primals[1])
+
+    def weighted(arrays: _Arrays, v: Array) -> Array:
+        return times(v, _losses(options, arrays, live))
+
+    return _jvp_by_ad(weighted, primals, tangents)
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _losses(options: _Options, arrays: _Arrays, live: _Live) -> Float[Array, " tokens"]:
+    """The loss of each token, 0 of those that are not live."""
+    return _sweep(options, (False, False, False), arrays, None, live)[0]
 
 
 @partial(_losses.defjvp, symbolic_zeros=True)
-def _losses_jvp(options: _Options, primals: tuple[_Arrays], tangents: tuple[Any]) -> tuple[Array, Array]:
-    (arrays,), (arrays_dot,) = primals, tangents
+def _losses_jvp(options: _Options, primals: tuple[_Arrays, _Live], tangents: tuple[Any, Any]) -> tuple[Array, Array]:
+    (arrays, live), (arrays_dot, _) = primals, tangents
     if is_perturbed(arrays_dot.weight) or is_perturbed(arrays_dot.labels):
-        return _jvp_by_ad(partial(_sweep_losses, options), primals, tangents)
+        return _jvp_by_ad(partial(_sweep_losses, options, live), (arrays,), (arrays_dot,))
     wanted, linear_dot = _wanted(arrays_dot)
-    tangent = _directional(options, wanted, arrays, linear_dot)
-    return _losses(options, arrays), options.classes.total(tangent)
+    tangent = _directional(options, wanted, arrays, live is not None, linear_dot)
+    return _losses(options, arrays, live), options.classes.total(tangent)
 
 
 def _directional(
-    options: _Options, wanted: _Wanted, arrays: _Arrays, direction: tuple[Array, ...]
+    options: _Options, wanted: _Wanted, arrays: _Arrays, weighted: bool, direction: tuple[Array, ...]
 ) -> Float[Array, " tokens"]:
     """Derivative J of each loss along `direction`: `J v`, whose transpose is `_losses_and_gradients`.
 
-    AD would transpose the loop of `J v` to one that makes a new array of the kernel's size in every step.
+    AD would transpose the loop of `J v` to one that makes a new array of the kernel's size in every step. If losses
+    are `weighted`, those of no weight get cotangents of 0, and are not live there.
     """
     leaves, structure = jax.tree.flatten(arrays)
     dtypes, count = [v.dtype for v in direction], len(leaves)  # not the tracers themselves, which would leak
@@ -353,8 +402,8 @@ def _directional(
         return _sweep_directional(options, wanted, jax.tree.unflatten(structure, known), v)
 
     def transposed(*values: Array) -> tuple[Array, ...]:
-        known, c = values[:count], values[-1]
-        gradients = _losses_and_gradients(options, wanted, jax.tree.unflatten(structure, known), c)[1]
+        known, c = jax.tree.unflatten(structure, values[:count]), values[-1]
+        gradients = _losses_and_gradients(options, wanted, known, c, _live(c) if weighted else None)[1]
         return tuple(g.astype(dtype) for g, dtype in zip(jax.tree.leaves(gradients), dtypes, strict=True))
 
     return linear(along, transposed, tuple(leaves), *direction)
@@ -362,15 +411,20 @@ def _directional(
 
 @partial(jax.custom_jvp, nondiff_argnums=(0, 1))
 def _losses_and_gradients(
-    options: _Options, wanted: _Wanted, arrays: _Arrays, scale: Float[Array, " tokens"]
+    options: _Options, wanted: _Wanted, arrays: _Arrays, scale: Float[Array, " tokens"], live: _Live
 ) -> tuple[Float[Array, " tokens"], _Gradients]:
     """Losses, and the gradients of `sum(scale * losses)`; this device's terms of them if the classes are split."""
-    return _sweep(options, wanted, arrays, scale)
+    return _sweep(options, wanted, arrays, scale, live)
 
 
 @partial(_losses_and_gradients.defjvp, symbolic_zeros=True)
 def _losses_and_gradients_jvp(options: _Options, wanted: _Wanted, primals: Any, tangents: Any) -> tuple[Any, Any]:
-    return _jvp_by_ad(partial(_sweep, options, wanted, differentiable=True), primals, tangents)
+    live = None if is_perturbed(tangents[1]) else primals[2]
+
+    def sweep(arrays: _Arrays, scale: Array) -> Any:
+        return _sweep(options, wanted, arrays, scale, live, differentiable=True)
+
+    return _jvp_by_ad(sweep, primals[:2], tangents[:2])
 
 
 def _sweep(
@@ -378,6 +432,7 @@ def _sweep(
     wanted: _Wanted,
     arrays: _Arrays,
     scale: Float[Array, " tokens"] | None,
+    live: _Live,
     *,
     differentiable: bool = False,
 ) -> tuple[Float[Array, " tokens"], _Gradients]:
@@ -388,13 +443,21 @@ def _sweep(
     decides how: a CPU multiplies apart and has a kernel for what is left, others have what is made of logits in the
     product itself.
     """
+    counts = _counts(options, arrays, live)
     if differentiable:
-        return _loop(options, "differentiable", _small_chunks(options, arrays, skip=False), wanted, arrays, scale)
+        chunks = _small_chunks(options, arrays, counts, skip=False)
+        return _loop(options, "differentiable", chunks, wanted, arrays, scale)
     in_caches, fused = (partial(sweep, options, wanted) for sweep in (_sweep_in_caches, _sweep_fused))
     if options.loss.implementation == "xla":
-        return fused(arrays, scale)
+        return fused(arrays, scale, counts)
     gpu = partial(fused, holds_logits=True)
-    return jax.lax.platform_dependent(arrays, scale, cpu=in_caches, cuda=gpu, rocm=gpu, default=fused)
+    return jax.lax.platform_dependent(arrays, scale, counts, cpu=in_caches, cuda=gpu, rocm=gpu, default=fused)
+
+
+def _counts(options: _Options, arrays: _Arrays, live: _Live) -> _Live:
+    """Which tokens count; None if all of them do."""
+    counts = counting(arrays.labels, options.loss.ignore_index)
+    return live if counts is None else counts if live is None else counts & live
 
 
 # How a loop goes: so that AD can differentiate it, with tiles added to the kernel's gradient one by one, with logits
@@ -403,9 +466,10 @@ _Way = Literal["differentiable", "tiles", "logits", "fused"]
 
 
 def _sweep_in_caches(
-    options: _Options, wanted: _Wanted, arrays: _Arrays, scale: Array | None
+    options: _Options, wanted: _Wanted, arrays: _Arrays, scale: Array | None, counts: _Live
 ) -> tuple[Float[Array, " tokens"], _Gradients]:
-    return _loop(options, "tiles", _small_chunks(options, arrays, skip=True), wanted, arrays, scale)
+    chunks = _small_chunks(options, arrays, counts, skip=True)
+    return _loop(options, "tiles", chunks, wanted, arrays, scale)
 
 
 def _dtype_of_exponentials(wanted: _Wanted, arrays: _Arrays) -> jnp.dtype:
@@ -414,7 +478,13 @@ def _dtype_of_exponentials(wanted: _Wanted, arrays: _Arrays) -> jnp.dtype:
 
 
 def _sweep_fused(
-    options: _Options, wanted: _Wanted, arrays: _Arrays, scale: Array | None, *, holds_logits: bool = False
+    options: _Options,
+    wanted: _Wanted,
+    arrays: _Arrays,
+    scale: Array | None,
+    counts: _Live,
+    *,
+    holds_logits: bool = False,
 ) -> tuple[Float[Array, " tokens"], _Gradients]:
     """Where a product can leave its accumulator as exponentials, unless the compiler `holds_logits` all the same."""
     tokens, features = arrays.hidden.shape
@@ -426,12 +496,12 @@ def _sweep_fused(
         _dtype_of_exponentials(wanted, arrays) if way == "fused" else jnp.result_type(arrays.hidden, arrays.kernel)
     )
     held = stored.itemsize / _compute_dtype(arrays).itemsize + (holds_logits or way == "logits")
-    parts, counts = unseen_parts(arrays.hidden), counting(arrays.labels, options.loss.ignore_index)
+    parts = unseen_parts(arrays.hidden)
     size = chunk_size_for_memory(tokens, features, held, parts)
     skipping = counts is not None and parts == 1  # of chunks
     if not skipping and fit_at_once(tokens, features, held):
         size = tokens
-    return _loop(options, way, _chunks(options, arrays, size, skip=True), wanted, arrays, scale)
+    return _loop(options, way, _chunks(options, arrays, counts, size, skip=True), wanted, arrays, scale)
 
 
 def _loop(
@@ -523,14 +593,14 @@ def _loop(
     return chunks.gather(losses), _Gradients(*(None if g is None or x is None else _kept(g, x.dtype) for g, x in of))
 
 
-def _sweep_losses(options: _Options, arrays: _Arrays) -> Float[Array, " tokens"]:
+def _sweep_losses(options: _Options, live: _Live, arrays: _Arrays) -> Float[Array, " tokens"]:
     """`_losses` for AD."""
-    return _sweep(options, (False, False, False), arrays, None, differentiable=True)[0]
+    return _sweep(options, (False, False, False), arrays, None, live, differentiable=True)[0]
 
 
-def _sweep_total(options: _Options, arrays: _Arrays, scale: Float[Array, ""]) -> Float[Array, ""]:
+def _sweep_total(options: _Options, live: _Live, arrays: _Arrays, scale: Array) -> Float[Array, ""]:
     """`_total` for AD."""
-    return scale * jnp.sum(_sweep_losses(options, arrays))
+    return _scaled_sum(scale, _sweep_losses(options, live, arrays))
 
 
 def _sweep_directional(
@@ -539,7 +609,7 @@ def _sweep_directional(
     """The derivative of each loss along `direction`, for AD; this device's term of it if the classes are split."""
     hidden, kernel, bias, weight, labels = arrays
     dtype = _compute_dtype(arrays)
-    chunks = _small_chunks(options, arrays, skip=False)
+    chunks = _small_chunks(options, arrays, _counts(options, arrays, None), skip=False)
     operand = jnp.result_type(hidden, kernel)
     kernel = kernel.astype(operand)
     parts = iter(direction)
@@ -668,12 +738,12 @@ def _dot(a: Array, b: Array, a_axis: int, b_axis: int, dtype: jnp.dtype) -> Arra
     return jax.lax.dot_general(a, b, (((a_axis,), (b_axis,)), ((), ())), preferred_element_type=dtype)
 
 
-def _small_chunks(options: _Options, arrays: _Arrays, *, skip: bool) -> Chunks:
-    return _chunks(options, arrays, chunk_size_in_caches(*arrays.hidden.shape), skip=skip)
+def _small_chunks(options: _Options, arrays: _Arrays, counts: _Live, *, skip: bool) -> Chunks:
+    return _chunks(options, arrays, counts, chunk_size_in_caches(*arrays.hidden.shape), skip=skip)
 
 
-def _chunks(options: _Options, arrays: _Arrays, size: int, *, skip: bool) -> Chunks:
-    tokens, counts = arrays.hidden.shape[0], counting(arrays.labels, options.loss.ignore_index)
+def _chunks(options: _Options, arrays: _Arrays, counts: _Live, size: int, *, skip: bool) -> Chunks:
+    tokens = arrays.hidden.shape[0]
     size = options.chunk_size or size
     # Under automatic sharding nobody knows yet how the tokens will be split.
     if unseen_parts(arrays.hidden) > 1:

@@ -1,5 +1,6 @@
 """Negative log-likelihood, and what labels, class weights and reductions mean in it (as in PyTorch)."""
 
+import math
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -14,17 +15,19 @@ from ._check import (
     FloatArray,
     LabelArray,
     Reduction,
+    WeightArray,
     check_axis_name,
     check_floating,
     check_ignore_index,
     check_labels,
     check_reduction,
+    check_sample_weight,
     check_weight,
     normalize_axis,
 )
 from ._class_axis import ClassAxis, class_axis
 from ._kernels import compute_dtype, wide
-from ._linear import linear
+from ._linear import linear, times
 
 
 def nll(
@@ -33,16 +36,19 @@ def nll(
     *,
     axis: int = -1,
     weight: FloatArray | None = None,
+    sample_weight: WeightArray | None = None,
     ignore_index: int | None = -100,
     reduction: Reduction = "mean",
     axis_name: AxisName | None = None,
 ) -> Float[Array, "..."]:
     r"""Negative log-likelihood of labels under given log-probabilities.
 
-    $$\ell_i = -w_{y_i} \log p_{i, y_i}, \qquad \text{mean} = \frac{\sum_i \ell_i}{\sum_i w_{y_i}}$$
+    $$\ell_i = -w_{y_i} \log p_{i, y_i}, \qquad
+      \text{mean} = \frac{\sum_i v_i \ell_i}{\sum_i v_i w_{y_i}}$$
 
-    over the examples whose label is not `ignore_index`. With class probabilities $q$ for labels,
-    $\ell_i = -\sum_k w_k q_{ik} \log p_{ik}$, and the mean divides by the number of examples.
+    over the examples whose label is not `ignore_index`, with weights $w$ of classes and $v$ of examples. With class
+    probabilities $q$ for labels, $\ell_i = -\sum_k w_k q_{ik} \log p_{ik}$, and the mean divides by
+    $\sum_i v_i$.
 
     Args:
         log_probs: log-probabilities, for instance from `log_softmax`; a floating dtype, any shape.
@@ -50,6 +56,9 @@ def nll(
             (a floating dtype, the shape of `log_probs`).
         axis: the class axis.
         weight: one weight per class, shape `(classes,)`.
+        sample_weight: one weight or truth value per example, of the shape of class indices or with 1 in place of some
+            sizes. Each loss is multiplied by it. An example of weight 0 adds nothing, whatever its scores and its
+            label are.
         ignore_index: examples with this label add nothing; None ignores none.
         reduction: `"none"`, `"mean"` or `"sum"`.
         axis_name: inside `jax.shard_map`, the mesh axis (or a tuple of them, major first) over which the class axis
@@ -80,30 +89,34 @@ def nll(
     ignore_index = check_ignore_index(ignore_index)
     check_reduction(reduction)
     check_weight(weight, log_probs.shape[classes.index])
-    check_labels("log_probs", log_probs.shape, labels, classes, ignore_index)
-    return _nll(log_probs, labels, weight, classes, ignore_index, reduction)
+    check_sample_weight(sample_weight, classes.rows(log_probs.shape))
+    check_labels("log_probs", log_probs.shape, labels, classes, ignore_index, sample_weight)
+    return _nll(log_probs, labels, weight, sample_weight, classes, ignore_index, reduction)
 
 
-@partial(jax.jit, static_argnums=(3, 4, 5), inline=True)  # so that a kernel may see where log_probs come from
+@partial(jax.jit, static_argnums=(4, 5, 6), inline=True)  # so that a kernel may see where log_probs come from
 def _nll(
     log_probs: FloatArray,
     labels: LabelArray,
     weight: FloatArray | None,
+    sample_weight: WeightArray | None,
     axis: ClassAxis,
     ignore_index: int | None,
     reduction: Reduction,
 ) -> Float[Array, "..."]:
     log_p = jnp.asarray(log_probs)
-    dtype = compute_dtype(log_p.dtype)
+    dtype, rows = compute_dtype(log_p.dtype), axis.rows(log_p.shape)
+    v = None if sample_weight is None else jnp.broadcast_to(jnp.asarray(sample_weight, dtype), rows)
     if jnp.issubdtype(labels.dtype, jnp.floating):
         q = scale_classes(jnp.asarray(labels, dtype), weight, axis)
         loss = expected_nll(log_p, q, axis)
-        return reduced(loss, scale_of_all(loss.size, axis.size(log_p), reduction, dtype))
-    target = read_labels(labels, axis.size(log_p), weight, ignore_index, dtype, axis.names)
+        scale = scale_of_all(rows, axis.size(log_p), v, reduction, dtype)
+        return reduced(loss if v is None else times(v, loss), scale)
+    target = read_labels(labels, axis.size(log_p), weight, ignore_index, dtype, axis.names, v)
     place = partial(_place, axis, log_p.shape[axis.index], log_p.dtype)
     loss = axis.total(linear(partial(_pick, axis), place, (target.label,), log_p))
     loss = loss if target.weight is None else loss * target.weight
-    return reduced(loss, scale_of_each(target, reduction, dtype))
+    return reduced(loss if v is None else times(v, loss), scale_of_each(target, v, reduction, dtype))
 
 
 def expected_nll(log_p: Float[Array, "..."], q: Float[Array, "..."], axis: ClassAxis) -> Float[Array, "..."]:
@@ -147,8 +160,9 @@ def read_labels(
     ignore_index: int | None,
     dtype: DTypeLike,
     axis_names: tuple[str, ...] = (),
+    sample_weight: Float[Array, "..."] | None = None,
 ) -> Target:
-    """Class indices, and which of them count."""
+    """Class indices, and which of them count. Of an example without weight the label may be out of range."""
     labels = jnp.asarray(labels)
     if labels.dtype.itemsize < 4:  # so that `classes` and `ignore_index` fit the dtype they are compared in
         labels = labels.astype(jnp.int32)
@@ -157,6 +171,8 @@ def read_labels(
     counts = counting(labels, ignore_index)
     if counts is not None:
         label = jnp.where(counts, label, -1)
+    if sample_weight is not None:
+        label = jnp.where((sample_weight == 0.0) & (label >= classes), -1, label)
     if not axis_names and not any(jax.typeof(label).sharding.spec):
         # Adds 0, looked up so that `checkify.index_checks` reports what is out of range; XLA makes nothing of it.
         label += jnp.zeros(1, jnp.int32).at[(label >= classes).astype(jnp.int32)].get(mode="fill", fill_value=0)
@@ -202,23 +218,43 @@ class Scale(NamedTuple):
     empty: Float[Array, ""] | float = 0.0  # NaN if the mean is over nothing: added, so that derivatives are 0
 
 
-def scale_of_each(target: Target, reduction: Reduction, dtype: DTypeLike) -> Scale:
+def scale_of_each(
+    target: Target, sample_weight: Float[Array, "..."] | None, reduction: Reduction, dtype: DTypeLike
+) -> Scale:
     """For class indices: the mean divides by the summed weights of what counts."""
     if reduction != "mean":
         return Scale(None if reduction == "none" else jnp.ones((), dtype))
-    counted = jnp.sum(target.label >= 0, dtype=dtype)
-    divisor = counted if target.weight is None else jnp.sum(target.weight)
-    empty = jnp.where(divisor == 0.0, jnp.nan, jnp.zeros((), dtype))
-    return Scale(jnp.where(counted == 0.0, 0.0, 1.0 / (divisor + empty)), empty)
+    counts = target.label >= 0
+    weight = target.weight
+    if sample_weight is not None:
+        weight = times(sample_weight, counts.astype(dtype) if weight is None else weight)
+        counts &= sample_weight != 0.0
+    counted = jnp.sum(counts, dtype=dtype)
+    return _mean(counted if weight is None else jnp.sum(weight), counted)
 
 
-def scale_of_all(examples: Any, classes: int, reduction: Reduction, dtype: DTypeLike) -> Scale:
+def scale_of_all(
+    rows: tuple[Any, ...],
+    classes: int,
+    sample_weight: Float[Array, "..."] | None,
+    reduction: Reduction,
+    dtype: DTypeLike,
+) -> Scale:
     """For class probabilities: the mean is over all examples."""
     if reduction != "mean":
         return Scale(None if reduction == "none" else jnp.ones((), dtype))
-    divisor = jnp.asarray(examples, dtype)
-    empty = jnp.where(divisor * jnp.asarray(classes, dtype) == 0.0, jnp.nan, jnp.zeros((), dtype))
-    return Scale(1.0 / jnp.maximum(divisor, 1.0), empty)
+    if sample_weight is None:
+        divisor = counted = jnp.asarray(math.prod(rows), dtype)
+    else:
+        divisor, counted = jnp.sum(sample_weight), jnp.sum(sample_weight != 0.0, dtype=dtype)
+    return _mean(divisor, counted * jnp.asarray(classes, dtype))
+
+
+def _mean(divisor: Float[Array, ""], counted: Float[Array, ""]) -> Scale:
+    """NaN over nothing."""
+    nothing = counted == 0.0
+    empty = jnp.where(nothing | (divisor == 0.0), jnp.nan, jnp.zeros((), divisor.dtype))
+    return Scale(jnp.where(nothing, 0.0, 1.0 / jnp.where(nothing, 1.0, divisor + empty)), empty)
 
 
 def reduced(loss: Float[Array, "..."], scale: Scale) -> Float[Array, "..."]:

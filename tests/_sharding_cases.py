@@ -94,6 +94,22 @@ CASES = {
     "cross_entropy bfloat16": _CE(_INDICES | {"weight": "c"}, dtype=jnp.bfloat16),
     "cross_entropy mean": _CE(_INDICES | {"weight": "c"}, "", ignored=True, reduction="mean"),
     "cross_entropy sum": _CE(_INDICES, "", reduction="sum"),
+    "nll mean of weighted tokens": _NLL(
+        {"log_probs": "nc", "labels": "n", "sample_weight": "n"},
+        "",
+        wrt=("log_probs", "sample_weight"),
+        reduction="mean",
+    ),
+    "cross_entropy of weighted tokens": _CE(_INDICES | {"sample_weight": "n"}, wrt=("logits", "sample_weight")),
+    "cross_entropy mean of weighted tokens": _CE(
+        _INDICES | {"sample_weight": "n", "weight": "c"},
+        "",
+        wrt=("logits", "sample_weight"),
+        ignored=True,
+        label_smoothing=0.1,
+        reduction="mean",
+    ),
+    "cross_entropy probabilities of weighted tokens": _CE(_SOFT | {"sample_weight": "n"}, "", reduction="mean"),
     "linear_cross_entropy": _LCE(_LINEAR, wrt=_LEARNT),
     "linear_cross_entropy of rows": _LCE(
         _LINEAR | {"hidden": "nld", "labels": "nl"}, "nl", wrt=_LEARNT, ignored=True
@@ -109,6 +125,10 @@ CASES = {
         _LINEAR | {"weight": "c"}, "", wrt=("weight", "kernel"), ignored=True, reduction="mean"
     ),
     "linear_cross_entropy sum": _LCE(_LINEAR, "", wrt=_LEARNT, reduction="sum"),
+    "linear_cross_entropy of weighted tokens": _LCE(_LINEAR | {"sample_weight": "n"}, wrt=_LEARNT),
+    "linear_cross_entropy mean of weighted tokens": _LCE(
+        _LINEAR | {"sample_weight": "n"}, "", wrt=(*_LEARNT, "sample_weight"), ignored=True, reduction="mean"
+    ),
 }
 # What TPUs and GPUs get, and here whoever asks for it: logits that never leave the product.
 CASES |= {
@@ -130,6 +150,8 @@ def arguments_of(case, sizes=SIZES):
             arguments[name] = rng.random(shape) < 0.8
         elif name == "weight":
             arguments[name] = rng.uniform(0.5, 2, shape).astype(case.dtype)
+        elif name == "sample_weight":
+            arguments[name] = (rng.uniform(0.5, 2, shape) * (np.arange(sizes["n"]) % 5 > 0)).astype(case.dtype)
         elif name == "labels":
             arguments[name] = (rng.random(shape) / sizes["c"]).astype(case.dtype)
         elif name == "kernel":  # such that logits are of the size that they have elsewhere

@@ -588,7 +588,9 @@ def test_matrix_products(trained, reduction):
     assert multiplications(program, 0) == 0
 
 
-def test_work_for_tokens_that_count_only(monkeypatch):
+@pytest.mark.parametrize("weighted", [False, True], ids=["ignored", "without weight"])
+@REDUCTION
+def test_work_for_tokens_that_count_only(monkeypatch, weighted, reduction):
     """Counted as it runs: half the tokens make half the products, none make none."""
     run, dot_general = [], lax.dot_general
 
@@ -599,12 +601,21 @@ def test_work_for_tokens_that_count_only(monkeypatch):
         return product
 
     monkeypatch.setattr(lax, "dot_general", counting)
-    tokens, features, classes = 66, 40, 72  # met in no other test, whose compiled loss would be used again
+    tokens, features, classes = 66, 40, 72 + weighted  # met in no other test, whose compiled loss would be used again
     hidden, kernel, *_ = draw(np.float32, (tokens,), features, classes)
-    gradients = jax.jit(jax.grad(partial(linear_cross_entropy, chunk_size=10), (0, 1)))
+    products = 3 if reduction == "mean" else 4
+
+    @jax.jit
+    @partial(jax.grad, argnums=(0, 1))
+    def gradients(hidden, kernel, live):
+        counts = {"sample_weight": live} if weighted else {}
+        labels = jnp.ones(tokens, jnp.int32) if weighted else jnp.where(live, 1, -100)
+        loss = linear_cross_entropy(hidden, kernel, labels, **counts, reduction=reduction, chunk_size=10)
+        return jnp.sum(jnp.sin(loss))
+
     for live, steps in ((66, 7), (33, 4), (20, 2), (1, 1), (0, 0)):
         run.clear()
-        labels = np.random.default_rng(live).permutation(np.where(np.arange(tokens) < live, 1, -100))
-        jax.block_until_ready(gradients(hidden, kernel, labels))
+        which = np.random.default_rng(live).permutation(np.arange(tokens) < live)
+        jax.block_until_ready(gradients(hidden, kernel, which))
         jax.effects_barrier()
-        assert sum(run) == 3 * steps * 10 * features * classes
+        assert sum(run) == products * steps * 10 * features * classes

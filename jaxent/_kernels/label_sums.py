@@ -49,4 +49,5 @@ def label_gradient(
     own, others = jnp.exp(sums.d), sums.others
     total, shared = others + own, u + 2.0 * z * lse
     gradient = jnp.where(label, shared * (own / total) - a * (others / total), e / total * (a + shared))
-    return jnp.where(axis.expand(y < 0), 0.0, gradient - u / max(axis.size(e), 1))
+    nothing = axis.expand(y < 0) | ((a == 0.0) & (u == 0.0) & (z == 0.0))
+    return jnp.where(nothing, 0.0, gradient - u / max(axis.size(e), 1))

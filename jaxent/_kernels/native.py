@@ -61,7 +61,7 @@ def _row_function(name: str, results: str) -> Callable[..., Any]:
 
     def function(*arrays: jax.Array, axis: ClassAxis, dtype: DTypeLike = jnp.float32) -> Any:
         shape = arrays[0].shape
-        row = jax.ShapeDtypeStruct(shape[: axis.index] + shape[axis.index + 1 :], jnp.float32)
+        row = jax.ShapeDtypeStruct(axis.rows(shape), jnp.float32)
         out = tuple(row if kind == "r" else jax.ShapeDtypeStruct(shape, dtype) for kind in results)
         return _call(name, out, arrays, axis)
 

@@ -212,6 +212,7 @@ def _loss_gradient_rows(rows: Rows, others: Row, gaps: Row, of_label: Row) -> Fi
     losses, own = _losses(rows, others, gaps, of_label)
     y, a, u, z = rows.given
     total, shared, shift = others + own, u + 2.0 * z * losses[2], u / rows.classes
+    y = jnp.where((a == 0.0) & (u == 0.0) & (z == 0.0), -1, y)
     of_label = jnp.where(y < 0, 0.0, (shared * own - a * others) / total - shift)
     return losses, (y, of_label, (a + shared) / total, shift)
 

@@ -76,7 +76,7 @@ def label_loss_and_gradient(
     r"""`label_loss`, $(l, \bar l, s)$, and the gradient of $a l + u \bar l + z s^2$.
 
     That is $(a + u + 2 z s) p_k - u / C$ for all classes but the label, which has $-a$ more: together $-a$ times the
-    probability of the others.
+    probability of the others. It is 0 where all of $a$, $u$ and $z$ are, whatever the logits.
     """
     sums, label, e = _label_sums(x, y, axis)
     gradient = label_gradient(sums, label, e, y, a, u, z, axis=axis)

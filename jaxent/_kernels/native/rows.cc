@@ -162,10 +162,11 @@ inline Coefficients finish(const State& s, Row& rows, float classes) {
     rows.results[1] = c.none ? V{} : total == total ? uniform : nan;
     rows.results[2] = c.none ? V{} : total == total ? lse : nan;
     if constexpr (!writes(f)) return c;
-    const V a = rows.factors[0], u = rows.factors[1], shared = u + 2.0f * rows.factors[2] * lse;
+    const V a = rows.factors[0], u = rows.factors[1], z = rows.factors[2], shared = u + 2.0f * z * lse;
+    c.none |= (a == 0.0f) & (u == 0.0f) & (z == 0.0f);
     c.a = (a + shared) / total;
     c.b = u / classes;
-    c.at_label = (shared * of_label - a * others) / total - c.b;
+    c.at_label = c.none ? V{} : (shared * of_label - a * others) / total - c.b;
     return c;
   }
   const V total = known(s.m, s.ties + s.others);
