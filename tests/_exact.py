@@ -75,6 +75,28 @@ def softmax_hessian(x):
     return np.array([[[float(entry(j, k, m)) for m in n] for k in n] for j in n])
 
 
+def entropy(x):
+    p, logsumexp = _probabilities(x)
+    return float(mpmath.fsum(q * (logsumexp - mpmath.mpf(float(v))) for q, v in zip(p, x, strict=True)))
+
+
+def entropy_gradient(x):
+    p, u = _relative_to_mean(x)
+    return _float64(-q * v for q, v in zip(p, u, strict=True))
+
+
+def entropy_hessian(x):
+    p, u = _relative_to_mean(x)
+    return _matrix(len(p), lambda j, k: -p[j] * ((j == k) * (u[j] + 1) - p[k] * (u[j] + u[k] + 1)))
+
+
+def _relative_to_mean(x):
+    """Probabilities, and how far each logit is above the mean that is weighted by them."""
+    p, _ = _probabilities(x)
+    mean = mpmath.fsum(q * mpmath.mpf(float(v)) for q, v in zip(p, x, strict=True))
+    return p, [mpmath.mpf(float(v)) - mean for v in x]
+
+
 def third_derivative(x):
     """Of the cross-entropy: the derivative of its Hessian, which is the softmax's second derivative."""
     return softmax_hessian(x)

@@ -69,6 +69,8 @@ CASES = {
     "log_softmax": _case(jaxent.log_softmax, _LOGITS, "nc"),
     "log_softmax where": _case(jaxent.log_softmax, _LOGITS | {"where": "nc"}, "nc"),
     "log_softmax bfloat16": _case(jaxent.log_softmax, _LOGITS, "nc", jnp.bfloat16),
+    "entropy": _case(jaxent.entropy, _LOGITS),
+    "entropy where": _case(jaxent.entropy, {"logits": "ncl", "where": "ncl"}, "nl", axis=1),
     "nll": _NLL({"log_probs": "nc", "labels": "n"}),
     "nll weight": _NLL({"log_probs": "nc", "labels": "n", "weight": "c"}, wrt=("log_probs", "weight"), ignored=True),
     "nll probabilities": _NLL({"log_probs": "nc", "labels": "nc", "weight": "c"}),

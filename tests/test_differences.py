@@ -1,6 +1,7 @@
 """Deliberate differences from torch: one test for each row of docs/differences.md, showing both sides."""
 
 import re
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -165,6 +166,15 @@ def test_orientation_of_the_kernel():
     labels = np.array([0, 3])
     loss = functional.linear_cross_entropy(torch.tensor(hidden), torch.tensor(kernel.T), torch.tensor(labels))
     np.testing.assert_allclose(jaxent.linear_cross_entropy(hidden, kernel, labels), loss, rtol=8 * EPS)
+
+
+@pytest.mark.parametrize("scores", [[np.nan, 0.0], [-np.inf, 0.0]])
+def test_loss_of_a_weightless_class(scores):
+    logits, labels, weight = np.array([scores, [0.0, 1.0]], np.float32), np.array([0, 1]), np.float32([0.0, 1.0])
+    assert functional.cross_entropy(*map(torch.tensor, (logits, labels, weight))).isnan()
+    loss, gradient = jax.value_and_grad(partial(jaxent.cross_entropy, labels=labels, weight=weight))(logits)
+    np.testing.assert_allclose(loss, np.log1p(np.exp(-1.0)), rtol=8 * EPS)
+    np.testing.assert_array_equal(gradient[0], 0.0)
 
 
 def test_nan_in_an_ignored_token():

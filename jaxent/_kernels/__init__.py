@@ -147,7 +147,8 @@ def _rule(
         why_not, module = f"it has no kernels for {' and '.join(platforms)}", None
     else:
         module = importlib.import_module(machine.module)
-        why_not = _not_here(context, axis) or module.refusal(name, *context.avals_in, axis=axis, **options)
+        why_not = None if hasattr(module, name) else f"{machine.implementation} has no such kernel"
+        why_not = why_not or _not_here(context, axis) or module.refusal(name, *context.avals_in, axis=axis, **options)
         if why_not is None and implementation is None and hasattr(module, "unasked"):
             why_not = module.unasked(name, *context.avals_in, axis=axis, **options)
     if why_not is None:
@@ -192,5 +193,6 @@ label_loss = _row_function(xla.label_loss)
 label_loss_and_gradient = _row_function(xla.label_loss_and_gradient)
 expected_loss = _row_function(xla.expected_loss)
 expected_loss_and_gradient = _row_function(xla.expected_loss_and_gradient)
+entropy = _row_function(xla.entropy)
 pick = _row_function(xla.pick)
 place = _row_function(xla.place)

@@ -104,6 +104,14 @@ def expected_loss_and_gradient(
     return expected_loss(x, q, axis=axis), jnp.where(a == 0.0, 0.0, a * gradient).astype(dtype)
 
 
+def entropy(x: Logits, *, axis: ClassAxis) -> Row:
+    r"""$-\sum_k p_k \log p_k$ of each row: $\log T - \sum_k e_k (x_k - m) / T$, of which both terms add."""
+    r = _exponentials(x, axis)
+    total, others = _sums(r, axis)
+    mean = axis.sum(jnp.where(r.e > 0.0, r.e * r.d, 0.0)) / jnp.maximum(total, 1.0)  # 0 without classes
+    return axis.squeeze(_log_total(total, others) - mean)
+
+
 def pick(log_p: Logits, y: Integer[Array, "..."], *, axis: ClassAxis) -> Row:
     r"""$-\log p_y$ of rows whose log-probabilities are given, for labels as in `label_loss`.
 
