@@ -2,7 +2,8 @@
 
 import functools
 import operator
-from typing import Literal, TypeAlias, cast
+from collections.abc import Callable
+from typing import Any, Literal, TypeAlias, cast
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,7 @@ from jax.core import Tracer
 from jax.typing import DTypeLike
 from jaxtyping import Bool, Float, Inexact, Integer, Shaped
 
-from ._class_axis import ClassAxis
+from ._class_axis import ClassAxis, merge_axes
 from ._kernels import implementations
 
 AnyArray: TypeAlias = jax.Array | np.ndarray
@@ -19,6 +20,7 @@ FloatArray: TypeAlias = Float[AnyArray, "..."]
 WeightArray: TypeAlias = Float[AnyArray, "..."] | Bool[AnyArray, "..."]
 LabelArray: TypeAlias = Integer[AnyArray, "..."] | Inexact[AnyArray, "..."]
 BoolArray: TypeAlias = Bool[AnyArray, "..."]
+Axis: TypeAlias = int | tuple[int, ...]
 AxisName: TypeAlias = str | tuple[str, ...]
 Reduction: TypeAlias = Literal["none", "mean", "sum"]
 Implementation: TypeAlias = Literal["native", "pallas", "xla"]
@@ -54,6 +56,24 @@ def normalize_axis(name: str, shape: tuple[int, ...], axis: int) -> int:
             f"axis must lie in [{-len(shape)}, {len(shape) - 1}] for {name} of shape {shape}, got {axis}"
         )
     return index % len(shape)
+
+
+def merging(
+    name: str, shape: tuple[int, ...], axes: tuple[int, ...], axis_name: AxisName | None
+) -> Callable[[Any], Any]:
+    """What makes one class axis, the last, of several, in an array that broadcasts to `shape`."""
+    indices = normalize_axes(name, shape, axes)
+    if axis_name is not None:
+        raise ValueError(f"axis_name needs a single class axis, got axis={axes}")
+    return lambda x: None if x is None else merge_axes(jnp.broadcast_to(x, shape), indices)
+
+
+def normalize_axes(name: str, shape: tuple[int, ...], axes: tuple[int, ...]) -> tuple[int, ...]:
+    """Several axes counted from the front."""
+    indices = tuple(normalize_axis(name, shape, axis) for axis in axes)
+    if not indices or len(set(indices)) < len(indices):
+        raise ValueError(f"axis must be an axis or several different ones, got {axes}")
+    return indices
 
 
 def check_axis_name(axis_name: AxisName | None) -> tuple[str, ...]:

@@ -1,6 +1,7 @@
 """The axis along which the classes lie: whole in one array, or in parts on several devices."""
 
 import functools
+import math
 from dataclasses import dataclass, replace
 
 import jax
@@ -67,6 +68,19 @@ class ClassAxis:
 
 # One object for equal arguments, which jit compares before it compares what they hold.
 class_axis = functools.cache(ClassAxis)
+
+
+def merge_axes(x: Array, axes: tuple[int, ...]) -> Array:
+    """`x` with these axes as a single one, the last, in this order."""
+    x = jnp.moveaxis(x, axes, range(-len(axes), 0))
+    kept = x.ndim - len(axes)
+    return x.reshape(*x.shape[:kept], math.prod(x.shape[kept:]))
+
+
+def split_axes(x: Array, axes: tuple[int, ...], shape: tuple[int, ...]) -> Array:
+    """The way back to `shape`."""
+    x = x.reshape(*x.shape[:-1], *(shape[axis] for axis in axes))
+    return jnp.moveaxis(x, range(-len(axes), 0), axes)
 
 
 def vary(x: Array, *like: Array) -> Array:

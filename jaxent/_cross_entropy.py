@@ -6,10 +6,12 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Integer
 
 from ._check import (
+    Axis,
     AxisName,
     BoolArray,
     FloatArray,
@@ -28,6 +30,7 @@ from ._check import (
     check_smoothing,
     check_weight,
     check_where,
+    merging,
     normalize_axis,
 )
 from ._class_axis import ClassAxis, class_axis
@@ -42,7 +45,7 @@ def cross_entropy(
     logits: FloatArray,
     labels: LabelArray,
     *,
-    axis: int = -1,
+    axis: Axis = -1,
     where: BoolArray | None = None,
     weight: FloatArray | None = None,
     sample_weight: WeightArray | None = None,
@@ -66,7 +69,8 @@ def cross_entropy(
         logits: unnormalised scores; a floating dtype, any shape with at least one axis.
         labels: class indices (an integer dtype, the shape of `logits` without `axis`) or class probabilities
             (a floating dtype, the shape of `logits`).
-        axis: the class axis. PyTorch's `(N, C, d1, ...)` is `axis=1`.
+        axis: the class axis; PyTorch's `(N, C, d1, ...)` is `axis=1`. Or several that count as one: class indices
+            count through them, the last one fastest.
         where: boolean mask that broadcasts to `logits`; the loss is as if classes where it is False did not exist.
             A label on such a class has the loss inf. A row without any class left adds nothing, as an ignored one.
         weight: one weight per class, shape `(classes,)`.
@@ -109,9 +113,13 @@ def cross_entropy(
         Equals `nll(log_softmax(logits), labels)`.
     """
     check_floating("logits", logits)
+    check_where("logits", logits.shape, where)
+    if isinstance(axis, tuple):
+        merge = merging("logits", logits.shape, axis, axis_name)
+        labels = merge(labels) if np.shape(labels) == logits.shape else labels
+        logits, where, axis = merge(logits), merge(where), -1
     classes = class_axis(normalize_axis("logits", logits.shape, axis), check_axis_name(axis_name))
     check_reduction(reduction)
-    check_where("logits", logits.shape, where)
     check_weight(weight, logits.shape[classes.index])
     check_sample_weight(sample_weight, classes.rows(logits.shape))
     check_implementation(implementation)

@@ -9,12 +9,14 @@ from jaxtyping import Array, Float
 
 from . import _kernels as kernels
 from ._check import (
+    Axis,
     AxisName,
     BoolArray,
     FloatArray,
     check_axis_name,
     check_floating,
     check_where,
+    merging,
     normalize_axis,
 )
 from ._class_axis import ClassAxis, class_axis
@@ -23,7 +25,7 @@ from ._softmax import hide_classes, softmax_tangent
 
 
 def entropy(
-    logits: FloatArray, axis: int = -1, *, where: BoolArray | None = None, axis_name: AxisName | None = None
+    logits: FloatArray, axis: Axis = -1, *, where: BoolArray | None = None, axis_name: AxisName | None = None
 ) -> Float[Array, "..."]:
     r"""Entropy of the softmax of logits, in nats.
 
@@ -35,7 +37,7 @@ def entropy(
 
     Args:
         logits: scores of a floating dtype; any shape with at least one axis.
-        axis: the class axis.
+        axis: the class axis, or several that count as one.
         where: boolean mask that broadcasts to `logits`; classes where it is False have probability 0, and a row
             without any class left has the entropy 0.
         axis_name: inside `jax.shard_map`, the mesh axis (or a tuple of them, major first) over which the class axis
@@ -62,6 +64,9 @@ def entropy(
     """
     check_floating("logits", logits)
     check_where("logits", logits.shape, where)
+    if isinstance(axis, tuple):
+        merge = merging("logits", logits.shape, axis, axis_name)
+        logits, where, axis = merge(logits), merge(where), -1
     classes = class_axis(normalize_axis("logits", logits.shape, axis), check_axis_name(axis_name))
     return _entropy(logits, where, classes)
 

@@ -6,11 +6,13 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Integer
 
 from . import _kernels as kernels
 from ._check import (
+    Axis,
     AxisName,
     FloatArray,
     LabelArray,
@@ -23,6 +25,7 @@ from ._check import (
     check_reduction,
     check_sample_weight,
     check_weight,
+    merging,
     normalize_axis,
 )
 from ._class_axis import ClassAxis, class_axis
@@ -34,7 +37,7 @@ def nll(
     log_probs: FloatArray,
     labels: LabelArray,
     *,
-    axis: int = -1,
+    axis: Axis = -1,
     weight: FloatArray | None = None,
     sample_weight: WeightArray | None = None,
     ignore_index: int | None = -100,
@@ -54,7 +57,7 @@ def nll(
         log_probs: log-probabilities, for instance from `log_softmax`; a floating dtype, any shape.
         labels: class indices (an integer dtype, the shape of `log_probs` without `axis`) or class probabilities
             (a floating dtype, the shape of `log_probs`).
-        axis: the class axis.
+        axis: the class axis, or several that count as one: class indices count through them, the last one fastest.
         weight: one weight per class, shape `(classes,)`.
         sample_weight: one weight or truth value per example, of the shape of class indices or with 1 in place of some
             sizes. Each loss is multiplied by it. An example of weight 0 adds nothing, whatever its scores and its
@@ -85,6 +88,10 @@ def nll(
         also spelled `jaxent.nll_loss`. `cross_entropy` is this after `log_softmax`, in one step.
     """
     check_floating("log_probs", log_probs)
+    if isinstance(axis, tuple):
+        merge = merging("log_probs", log_probs.shape, axis, axis_name)
+        labels = merge(labels) if np.shape(labels) == log_probs.shape else labels
+        log_probs, axis = merge(log_probs), -1
     classes = class_axis(normalize_axis("log_probs", log_probs.shape, axis), check_axis_name(axis_name))
     ignore_index = check_ignore_index(ignore_index)
     check_reduction(reduction)

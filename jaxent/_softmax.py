@@ -16,6 +16,7 @@ from jaxtyping import Array, Bool, Float
 
 from . import _kernels as kernels
 from ._check import (
+    Axis,
     AxisName,
     BoolArray,
     FloatArray,
@@ -25,15 +26,17 @@ from ._check import (
     check_floating,
     check_implementation,
     check_where,
+    merging,
+    normalize_axes,
     normalize_axis,
 )
-from ._class_axis import ClassAxis, class_axis
+from ._class_axis import ClassAxis, class_axis, split_axes
 from ._linear import linear
 
 
 def softmax(
     logits: FloatArray,
-    axis: int = -1,
+    axis: Axis = -1,
     *,
     where: BoolArray | None = None,
     dtype: DTypeLike | None = None,
@@ -46,7 +49,7 @@ def softmax(
 
     Args:
         logits: scores of a floating dtype; any shape with at least one axis.
-        axis: the class axis.
+        axis: the class axis, or several that count as one.
         where: boolean mask that broadcasts to `logits`; classes where it is False get probability 0 and no
             gradient, and a row without any class left gets zeros.
         dtype: dtype of the result, that of `logits` by default. As in PyTorch, logits are cast to it first;
@@ -78,7 +81,7 @@ def softmax(
 
 def log_softmax(
     logits: FloatArray,
-    axis: int = -1,
+    axis: Axis = -1,
     *,
     where: BoolArray | None = None,
     dtype: DTypeLike | None = None,
@@ -91,7 +94,7 @@ def log_softmax(
 
     Args:
         logits: scores of a floating dtype; any shape with at least one axis.
-        axis: the class axis.
+        axis: the class axis, or several that count as one.
         where: boolean mask that broadcasts to `logits`; classes where it is False get -inf and no gradient.
         dtype: dtype of the result, that of `logits` by default. As in PyTorch, logits are cast to it first;
             half precision is computed in float32 in any case.
@@ -123,7 +126,7 @@ def log_softmax(
 def _apply(
     function: Callable[..., Array],
     logits: FloatArray,
-    axis: int,
+    axis: Axis,
     where: BoolArray | None,
     dtype: DTypeLike | None,
     axis_name: AxisName | None,
@@ -133,6 +136,10 @@ def _apply(
     check_dtype(dtype)
     check_where("logits", logits.shape, where)
     check_implementation(implementation)
+    if isinstance(axis, tuple):
+        merge = merging("logits", logits.shape, axis, axis_name)
+        out = _apply(function, merge(logits), -1, merge(where), dtype, None, implementation)
+        return split_axes(out, normalize_axes("logits", logits.shape, axis), logits.shape)
     classes = class_axis(normalize_axis("logits", logits.shape, axis), check_axis_name(axis_name))
     return _of_shown(function, logits, where, classes, dtype, implementation)
 

@@ -53,6 +53,10 @@ SHARED = [
     ({"axis": 2}, ValueError, ("axis", "2")),
     ({"axis": -3}, ValueError, ("axis", "-3")),
     ({"axis": 1.0}, TypeError, ("axis", "1.0")),
+    ({"axis": ()}, ValueError, ("axis", "()")),
+    ({"axis": (1, -1)}, ValueError, ("axis", "different", "(1, -1)")),
+    ({"axis": (1, 2)}, ValueError, ("axis", "2")),
+    ({"axis": (0, 1), "axis_name": "model"}, ValueError, ("axis_name", "single", "(0, 1)")),
 ]
 OPTIONS = [
     ({"reduction": "average"}, ValueError, ("reduction", "'average'", "none", "mean", "sum")),

@@ -283,6 +283,7 @@ def _memory():
 
 
 @pytest.mark.skipif(_memory() < 8 * 2**30, reason="too little free memory")
+@pytest.mark.more
 def test_more_entries_than_32_bits_count():
     rows, classes = 2**16, 2**15 + 1
     x = jnp.zeros((rows, classes), jnp.bfloat16).at[-1, -1].set(10.0)

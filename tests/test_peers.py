@@ -66,6 +66,37 @@ def test_optax_integer_labels(shape, axis):
     )
 
 
+@pytest.mark.more(one_in=3)
+@pytest.mark.parametrize("axis", [(1, 2), (2, 0), (-1,)], ids=str)
+@pytest.mark.parametrize("name", ["softmax", "log_softmax", "indices", "probabilities", "nll"])
+def test_several_axes(name, axis):
+    """Count as one, in the order in which they are given."""
+    shape, rng, none = (2, 3, 4), np.random.default_rng(1), {"axis": axis, "reduction": "none"}
+    x, classes = draw(shape), int(np.prod([shape[i] for i in axis]))
+    where = jnp.asarray(rng.random((2, 1, 4)) < 0.8).at[:, :, 0].set(True)
+    probabilities = jnp.asarray(rng.random(shape), jnp.float32)
+    y = jnp.asarray(
+        rng.integers(0, classes, [size for i, size in enumerate(shape) if i not in (axis[0], axis[-1] % 3)])
+    )
+    ours, theirs = {
+        "softmax": (lambda x: jaxent.softmax(x, axis, where=where), lambda x: jax.nn.softmax(x, axis, where=where)),
+        "log_softmax": (lambda x: jaxent.log_softmax(x, axis), lambda x: jax.nn.log_softmax(x, axis)),
+        "indices": (
+            lambda x: jaxent.cross_entropy(x, y, **none),
+            lambda x: optax.softmax_cross_entropy_with_integer_labels(x, y, axis=axis),
+        ),
+        "probabilities": (
+            lambda x: jaxent.cross_entropy(x, probabilities, **none),
+            lambda x: optax.softmax_cross_entropy(x, probabilities, axis=axis),
+        ),
+        "nll": (
+            lambda x: jaxent.nll(jaxent.log_softmax(x, axis), y, **none),
+            lambda x: optax.softmax_cross_entropy_with_integer_labels(x, y, axis=axis),
+        ),
+    }[name]
+    assert_same(ours, theirs, x, classes)
+
+
 @pytest.mark.parametrize("where", [None, (True, False, True, True, False)], ids=["all", "masked"])
 @pytest.mark.parametrize("mass", [1.0, 0.5, 2.0])
 def test_optax_probabilities(mass, where):
