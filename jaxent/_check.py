@@ -91,14 +91,25 @@ def check_where(name: str, shape: tuple[int, ...], where: BoolArray | None) -> N
     """Require a boolean mask that broadcasts to `shape`."""
     if where is None:
         return
-    if not hasattr(where, "dtype") or where.dtype != jnp.bool_:
-        raise TypeError(f"where must be a boolean array, got {getattr(where, 'dtype', type(where).__name__)}")
+    _check_boolean("where", where)
     try:
         fits = jnp.broadcast_shapes(where.shape, shape) == shape  # which may be symbolic
     except ValueError:
         fits = False
     if not fits:
         raise ValueError(f"where must broadcast to the shape {shape} of {name}, got shape {where.shape}")
+
+
+def check_mask(name: str, mask: BoolArray, shape: tuple[int, ...]) -> None:
+    """Require a boolean mask of this shape."""
+    _check_boolean(name, mask)
+    if mask.shape != shape:
+        raise ValueError(f"{name} must have shape {shape}, one entry per class, got shape {mask.shape}")
+
+
+def _check_boolean(name: str, mask: BoolArray) -> None:
+    if not hasattr(mask, "dtype") or mask.dtype != jnp.bool_:
+        raise TypeError(f"{name} must be a boolean array, got {getattr(mask, 'dtype', type(mask).__name__)}")
 
 
 def check_reduction(reduction: str) -> None:
@@ -161,6 +172,16 @@ def check_ignore_index(ignore_index: int | None) -> int | None:
         return None if ignore_index is None else operator.index(ignore_index)
     except TypeError:
         raise TypeError(f"ignore_index must be an integer or None, got {ignore_index!r}") from None
+
+
+def check_scalar(name: str, value: float | Float[AnyArray, ""]) -> None:
+    """Require a number, or an array that is one."""
+    if isinstance(value, jax.Array | np.ndarray | np.generic):
+        check_floating(name, np.asarray(value) if isinstance(value, np.generic) else value)
+        if value.shape:
+            raise ValueError(f"{name} must be a scalar, got shape {value.shape}")
+    else:
+        check_number(name, value)
 
 
 def check_chunk_size(chunk_size: int | None) -> int | None:

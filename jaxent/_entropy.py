@@ -54,7 +54,7 @@ def entropy(
     Examples:
         >>> import jax, jax.numpy as jnp, jaxent
         >>> print(jaxent.entropy(jnp.array([[0.0, 0.0], [0.0, 20.0]])))
-        [6.931472e-01 4.328423e-08]
+        [6.9314718e-01 4.3284228e-08]
         >>> print(jax.grad(jaxent.entropy)(jnp.array([0.0, 1.0, -jnp.inf])).round(4))
         [ 0.1966 -0.1966  0.    ]
 

@@ -13,7 +13,9 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Integer, Shaped
 
 from ._check import (
+    AnyArray,
     AxisName,
+    BoolArray,
     FloatArray,
     Implementation,
     LabelArray,
@@ -25,9 +27,11 @@ from ._check import (
     check_ignore_index,
     check_implementation,
     check_labels,
+    check_mask,
     check_number,
     check_reduction,
     check_sample_weight,
+    check_scalar,
     check_smoothing,
     check_weight,
 )
@@ -60,6 +64,8 @@ def linear_cross_entropy(
     reduction: Reduction = "mean",
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
+    where: BoolArray | None = None,
+    logit_scale: float | Float[AnyArray, ""] | None = None,
     softcap: float | None = None,
     chunk_size: int | None = None,
     axis_name: AxisName | None = None,
@@ -91,6 +97,10 @@ def linear_cross_entropy(
         reduction: `"none"`, `"mean"` or `"sum"`.
         label_smoothing: share of the label, in [0, 1], that is spread evenly over the classes.
         z_loss: factor of `logsumexp(logits) ** 2`, which is added to each token's loss.
+        where: boolean mask of shape `(classes,)`; the loss is as if classes where it is False did not exist, as those
+            that fill up a vocabulary. A label on such a class has the loss inf.
+        logit_scale: multiplies the logits, bias included, before all else; a number, or a scalar of a floating dtype,
+            which is differentiable.
         softcap: replaces logits by `softcap * tanh(logits / softcap)`.
         chunk_size: how many tokens' logits to hold at once; None chooses it from the shapes.
         axis_name: inside `jax.shard_map`, the mesh axis (or a tuple of them, major first) over which the classes are
@@ -123,11 +133,13 @@ def linear_cross_entropy(
         Wijmans et al. 2024, "Cut Your Losses in Large-Vocabulary Language Models";
         Hsu et al. 2024, "Liger Kernel"; softcap: Gemma Team 2024, "Gemma 2".
     """
-    _check(hidden, kernel, bias, softcap)
+    _check(hidden, kernel, bias, logit_scale, softcap)
     axis = ClassAxis(hidden.ndim - 1, check_axis_name(axis_name))
     ignore_index = check_ignore_index(ignore_index)
     check_reduction(reduction)
     check_weight(weight, kernel.shape[1])
+    if where is not None:
+        check_mask("where", where, kernel.shape[1:])
     check_sample_weight(sample_weight, hidden.shape[:-1])
     shape = (*hidden.shape[:-1], kernel.shape[1])
     check_labels("hidden @ kernel", shape, labels, axis, ignore_index, sample_weight)
@@ -141,10 +153,17 @@ def linear_cross_entropy(
         implementation,
     )
     options = _Options(loss, None if softcap is None else float(softcap), check_chunk_size(chunk_size))
-    return _linear_cross_entropy(hidden, kernel, bias, weight, labels, sample_weight, options)
+    arrays = _Arrays(hidden, kernel, bias, logit_scale, where, weight, labels)  # pyright: ignore[reportArgumentType]
+    return _linear_cross_entropy(arrays, sample_weight, options)
 
 
-def _check(hidden: FloatArray, kernel: FloatArray, bias: FloatArray | None, softcap: float | None) -> None:
+def _check(
+    hidden: FloatArray,
+    kernel: FloatArray,
+    bias: FloatArray | None,
+    logit_scale: float | Float[AnyArray, ""] | None,
+    softcap: float | None,
+) -> None:
     check_floating("hidden", hidden)
     check_floating("kernel", kernel)
     if not hidden.ndim:
@@ -158,6 +177,8 @@ def _check(hidden: FloatArray, kernel: FloatArray, bias: FloatArray | None, soft
         check_floating("bias", bias)
         if bias.shape != kernel.shape[1:]:
             raise ValueError(f"bias must have shape {kernel.shape[1:]}, one entry per class, got shape {bias.shape}")
+    if logit_scale is not None:
+        check_scalar("logit_scale", logit_scale)
     if softcap is not None and not 0.0 < check_number("softcap", softcap) < math.inf:
         raise ValueError(f"softcap must be positive and finite, or None, got {softcap}")
 
@@ -184,6 +205,8 @@ class _Arrays(NamedTuple):
     hidden: Float[Array, "..."]
     kernel: Float[Array, "features classes"]
     bias: Float[Array, " classes"] | None
+    logit_scale: Float[Array, ""] | None
+    where: Bool[Array, " classes"] | None
     weight: Float[Array, " classes"] | None
     labels: Shaped[Array, "..."]
 
@@ -194,26 +217,29 @@ class _Gradients(NamedTuple):
     hidden: Float[Array, "tokens features"] | None
     kernel: Float[Array, "features classes"] | None
     bias: Float[Array, " classes"] | None
+    logit_scale: Float[Array, ""] | None
 
 
-_Wanted = tuple[bool, bool, bool]
+_Wanted = tuple[bool, bool, bool, bool]
+_NOTHING: _Wanted = (False, False, False, False)
 _SampleWeight = Float[Array, "..."] | None  # one per token
 
 
-@partial(jax.jit, static_argnums=6)
+@partial(jax.jit, static_argnums=2)
 def _linear_cross_entropy(
-    hidden: FloatArray,
-    kernel: FloatArray,
-    bias: FloatArray | None,
-    weight: FloatArray | None,
-    labels: LabelArray,
-    sample_weight: WeightArray | None,
-    options: _Options,
+    arrays: _Arrays, sample_weight: WeightArray | None, options: _Options
 ) -> Float[Array, "..."]:
-    arrays = _Arrays(*jax.tree.map(_at_least_half, (hidden, kernel, bias, weight, labels)))
-    v = None
+    arrays = jax.tree.map(_at_least_half, arrays)
+    dtype, v = _compute_dtype(arrays), None
+    if arrays.logit_scale is not None:
+        arrays = arrays._replace(logit_scale=arrays.logit_scale.astype(dtype))
     if sample_weight is not None:
-        v = jnp.broadcast_to(jnp.asarray(sample_weight, _compute_dtype(arrays)), hidden.shape[:-1])
+        v = jnp.broadcast_to(jnp.asarray(sample_weight, dtype), arrays.hidden.shape[:-1])
+    if arrays.where is not None:  # without any class there is nothing to add
+        classes = ClassAxis(0, options.classes.names)
+        v = jnp.where(
+            classes.sum(arrays.where) > 0, jnp.ones(arrays.hidden.shape[:-1], dtype) if v is None else v, 0.0
+        )
     scale, empty = _scale(options, arrays, v)
     shardings = [jax.typeof(x).sharding for x in jax.tree.leaves(arrays)]
     mesh = next((sharding.mesh for sharding in shardings if any(sharding.spec)), None)
@@ -247,7 +273,7 @@ def _across_devices(
         )
     of_classes = PartitionSpec(of_kernel.spec[1])
     of_labels = PartitionSpec(*lead, *(of_classes if arrays.labels.ndim > len(lead) else ()))
-    specs = (of_hidden.spec, of_kernel.spec, of_classes, of_classes, of_labels)
+    specs = (of_hidden.spec, of_kernel.spec, of_classes, PartitionSpec(), of_classes, of_classes, of_labels)
     specs = tuple(None if x is None else spec for x, spec in zip(arrays, specs, strict=True))
     specs = specs, None if v is None else PartitionSpec(*lead)
     shardings = jax.tree.map(partial(NamedSharding, mesh), specs)
@@ -373,7 +399,7 @@ def _weighted_jvp(
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _losses(options: _Options, arrays: _Arrays, live: _Live) -> Float[Array, " tokens"]:
     """The loss of each token, 0 of those that are not live."""
-    return _sweep(options, (False, False, False), arrays, None, live)[0]
+    return _sweep(options, _NOTHING, arrays, None, live)[0]
 
 
 @partial(_losses.defjvp, symbolic_zeros=True)
@@ -491,7 +517,8 @@ def _sweep_fused(
     smoothed = options.loss.label_smoothing and arrays.weight is not None
     indices = jnp.issubdtype(arrays.labels.dtype, jnp.integer)
     any_kernel = options.loss.implementation in (None, "xla")
-    way = "fused" if any_kernel and indices and not smoothed and options.softcap is None else "logits"
+    plain = indices and not smoothed and arrays.where is None and options.softcap is None and not wanted[3]
+    way = "fused" if any_kernel and plain else "logits"
     stored = (
         _dtype_of_exponentials(wanted, arrays) if way == "fused" else jnp.result_type(arrays.hidden, arrays.kernel)
     )
@@ -512,11 +539,11 @@ def _loop(
     arrays: _Arrays,
     scale: Float[Array, " tokens"] | None,
 ) -> tuple[Float[Array, " tokens"], _Gradients]:
-    hidden, kernel, bias, weight, labels = arrays
-    tokens, dtype = hidden.shape[0], _compute_dtype(arrays)
-    operand = jnp.result_type(hidden, kernel)
-    kernel = kernel.astype(operand)
-    near = center(Layer(kernel, bias), options.classes) if way == "fused" else None
+    hidden, labels, dtype = arrays.hidden, arrays.labels, _compute_dtype(arrays)
+    tokens = hidden.shape[0]
+    operand = jnp.result_type(hidden, arrays.kernel)
+    given = _Given(Layer(arrays.kernel.astype(operand), arrays.bias, arrays.logit_scale), arrays.where, arrays.weight)
+    near = center(given.layer, options.classes) if way == "fused" else None
     stored = _dtype_of_exponentials(wanted, arrays)
     largest = None
     if scale is not None and is_easily_underflown(operand):  # the factor of 1 / tokens would leave its range
@@ -524,26 +551,19 @@ def _loop(
         largest = jnp.where((largest > 0.0) & jnp.isfinite(largest), largest, 1.0)
         scale = scale / largest
 
-    def products(
-        x: Array,
-        kernel: Array,
-        bias: Array | None,
-        weight: Array | None,
-        labels: Array,
-        counts: Array,
-        s: Array,
-    ) -> tuple[Array, _Gradients]:
-        made = _Made(Layer(kernel, bias), near, stored)
+    def products(x: Array, given: _Given, labels: Array, counts: Array, s: Array) -> tuple[Array, _Gradients]:
         if not any(wanted):
-            return _losses_of(options, made, x, labels, weight), _Gradients(None, None, None)
-        loss, g = _losses_and_gradient_of(options, made, x, labels, counts, weight, s)
+            return _losses_of(options, given, near, x, labels), _Gradients(None, None, None, None)
+        loss, g, of_scale = _losses_and_gradient_of(options, given, near, stored, x, labels, counts, s)
         bias_term = jnp.sum(g, 0) if wanted[2] else None
+        scale_term = jnp.sum(of_scale) if wanted[3] and of_scale is not None else None
         g = g.astype(operand)
         hidden_term = None
         if wanted[0]:  # in the other order faster on CPUs
+            kernel = given.layer.kernel
             hidden_term = _dot(kernel, g, 1, 1, dtype).T if way == "tiles" else _dot(g, kernel, 1, 1, dtype)
         kernel_term = (g if way == "tiles" else _dot(x, g, 0, 0, dtype)) if wanted[1] else None
-        return loss, _Gradients(hidden_term, kernel_term, bias_term)
+        return loss, _Gradients(hidden_term, kernel_term, bias_term, scale_term)
 
     if way == "differentiable":
         products = jax.checkpoint(products)
@@ -555,21 +575,24 @@ def _loop(
         x, y, s = (chunks.take(rows, i) for rows in by_token)
         x = jnp.where(counts[:, None], x, 0).astype(operand)  # NaNs of a row that does not count must not spread
         s = jnp.where(counts, s, 0.0)
-        loss, terms = products(x, kernel, bias, weight, y, counts, s)
-        of_hidden, of_kernel, of_bias = gradients
+        loss, terms = products(x, given, y, counts, s)
+        of_hidden, of_kernel, of_bias, of_scale = gradients
         if of_hidden is not None and terms.hidden is not None:
             of_hidden = chunks.put(of_hidden, terms.hidden, i)
         if terms.kernel is not None:
             if of_kernel is None:
                 of_kernel = terms.kernel
             elif way == "tiles":
-                of_kernel = _add_product(of_kernel, x, terms.kernel, by_class=unseen_parts(kernel) == 1)
+                by_class = unseen_parts(given.layer.kernel) == 1
+                of_kernel = _add_product(of_kernel, x, terms.kernel, by_class=by_class)
             else:
                 of_kernel = of_kernel + terms.kernel
         if of_bias is not None and terms.bias is not None:
             of_bias = of_bias + terms.bias
+        if of_scale is not None and terms.logit_scale is not None:
+            of_scale = of_scale + terms.logit_scale
         losses = chunks.put(losses, jnp.where(counts, loss, 0.0), i)
-        return losses, _Gradients(of_hidden, of_kernel, of_bias)
+        return losses, _Gradients(of_hidden, of_kernel, of_bias, of_scale)
 
     once = way == "fused" and isinstance(chunks.steps, int) and chunks.steps == 1
     zero = vary(jnp.zeros((), dtype), *jax.tree.leaves((arrays, scale)))
@@ -577,8 +600,9 @@ def _loop(
         chunks.spread(jnp.broadcast_to(options.classes.total(zero), tokens)),
         _Gradients(
             chunks.spread(jnp.broadcast_to(zero, hidden.shape)) if wanted[0] else None,
-            jnp.broadcast_to(zero, kernel.shape) if wanted[1] and not once else None,
-            jnp.broadcast_to(zero, kernel.shape[1]) if wanted[2] else None,
+            jnp.broadcast_to(zero, arrays.kernel.shape) if wanted[1] and not once else None,
+            jnp.broadcast_to(zero, arrays.kernel.shape[1]) if wanted[2] else None,
+            zero if wanted[3] else None,
         ),
     )
     if once:
@@ -589,13 +613,13 @@ def _loop(
         gradients = gradients._replace(hidden=chunks.gather(gradients.hidden))
     if largest is not None:
         gradients = _Gradients(*(None if g is None else g * largest for g in gradients))
-    of = zip(gradients, (arrays.hidden, arrays.kernel, arrays.bias), strict=True)
+    of = zip(gradients, (arrays.hidden, arrays.kernel, arrays.bias, arrays.logit_scale), strict=True)
     return chunks.gather(losses), _Gradients(*(None if g is None or x is None else _kept(g, x.dtype) for g, x in of))
 
 
 def _sweep_losses(options: _Options, live: _Live, arrays: _Arrays) -> Float[Array, " tokens"]:
     """`_losses` for AD."""
-    return _sweep(options, (False, False, False), arrays, None, live, differentiable=True)[0]
+    return _sweep(options, _NOTHING, arrays, None, live, differentiable=True)[0]
 
 
 def _sweep_total(options: _Options, live: _Live, arrays: _Arrays, scale: Array) -> Float[Array, ""]:
@@ -607,43 +631,36 @@ def _sweep_directional(
     options: _Options, wanted: _Wanted, arrays: _Arrays, direction: tuple[Array, ...]
 ) -> Float[Array, " tokens"]:
     """The derivative of each loss along `direction`, for AD; this device's term of it if the classes are split."""
-    hidden, kernel, bias, weight, labels = arrays
-    dtype = _compute_dtype(arrays)
+    hidden, dtype = arrays.hidden, _compute_dtype(arrays)
     chunks = _small_chunks(options, arrays, _counts(options, arrays, None), skip=False)
-    operand = jnp.result_type(hidden, kernel)
-    kernel = kernel.astype(operand)
+    operand = jnp.result_type(hidden, arrays.kernel)
+    given = _Given(Layer(arrays.kernel.astype(operand), arrays.bias, arrays.logit_scale), arrays.where, arrays.weight)
     parts = iter(direction)
-    hidden_dot, kernel_dot, bias_dot = (next(parts) if want else None for want in wanted)
+    hidden_dot, *other_dots = (next(parts) if want else None for want in wanted)
     hidden_dot = None if hidden_dot is None else chunks.spread(hidden_dot)
-    by_token = chunks.spread(hidden), chunks.spread(labels)
+    by_token = chunks.spread(hidden), chunks.spread(arrays.labels)
 
     @jax.checkpoint
     def along(
-        x: Array,
-        kernel: Array,
-        bias: Array | None,
-        weight: Array | None,
-        y: Array,
-        counts: Array,
-        x_dot: Array | None,
-        kernel_dot: Array | None,
-        bias_dot: Array | None,
+        x: Array, given: _Given, y: Array, counts: Array, x_dot: Array | None, other_dots: list[Array | None]
     ) -> Array:
+        kernel_dot, bias_dot, scale_dot = other_dots
         ones = jnp.ones(x.shape[0], dtype)
-        _, g = _losses_and_gradient_of(options, _Made(Layer(kernel, bias)), x, y, counts, weight, ones)
+        _, g, of_scale = _losses_and_gradient_of(options, given, None, dtype, x, y, counts, ones)
         logits_dot = jnp.zeros((1, 1), dtype) if bias_dot is None else bias_dot[None]
         if x_dot is not None:
-            logits_dot += _dot(x_dot, kernel.astype(dtype), 1, 0, dtype)
+            logits_dot += _dot(x_dot, given.layer.kernel.astype(dtype), 1, 0, dtype)
         if kernel_dot is not None:
             logits_dot += _dot(x.astype(dtype), kernel_dot, 1, 0, dtype)
-        return jnp.sum(g * logits_dot, 1)
+        tangent = jnp.sum(g * logits_dot, 1)
+        return tangent if scale_dot is None or of_scale is None else tangent + scale_dot * of_scale
 
     def step(tangent: Array, i: Integer[Array, ""]) -> tuple[Array, None]:
         counts = chunks.counts(i)
         x, y = (chunks.take(rows, i) for rows in by_token)
         x_dot = None if hidden_dot is None else chunks.take(hidden_dot, i)
         x = jnp.where(counts[:, None], x, 0).astype(operand)
-        rows = along(x, kernel, bias, weight, y, counts, x_dot, kernel_dot, bias_dot)
+        rows = along(x, given, y, counts, x_dot, other_dots)
         return chunks.put(tangent, jnp.where(counts, rows, 0.0), i), None
 
     start = vary(chunks.spread(jnp.zeros(hidden.shape[0], dtype)), *jax.tree.leaves((arrays, direction)))
@@ -651,65 +668,71 @@ def _sweep_directional(
     return chunks.gather(tangent)
 
 
-class _Made(NamedTuple):
-    """How logits are made of hidden states: by a layer, and if they are not to be held, near a center."""
+class _Given(NamedTuple):
+    """What makes losses of hidden states."""
 
     layer: Layer
-    near: Center | None = None
-    stored: DTypeLike = jnp.float32  # exponentials
+    where: Bool[Array, " classes"] | None
+    weight: Float[Array, " classes"] | None
+
+    def mixture(self, options: _Options, labels: Array, x: Float[Array, "size features"]) -> Mixture:
+        """Which losses these are."""
+        logits = self.layer.shape(x)
+        where = None if self.where is None else self.where[None]
+        target = read_target(logits, labels, self.weight, options.loss)
+        return mixture(logits, labels, target, where, self.weight, options.loss)
+
+    def shown(self, logits: Float[Array, "size classes"]) -> Float[Array, "size classes"]:
+        """Logits without those of hidden classes."""
+        return logits if self.where is None else jnp.where(self.where[None], logits, -jnp.inf)
 
 
 def _losses_of(
-    options: _Options, made: _Made, x: Array, labels: Array, weight: Array | None
+    options: _Options, given: _Given, near: Center | None, x: Array, labels: Array
 ) -> Float[Array, " size"]:
-    """The losses of hidden states."""
-    if made.near is None:
-        logits = _capped(options, made.layer.logits(x))
-        return _mixture(options, labels, weight, logits).rows(options.how, logits, jnp.ones((), logits.dtype))
-    losses = _mixture(options, labels, weight, made.layer.shape(x))
+    """The losses of hidden states; without their logits if it is known what these are `near`."""
+    losses = given.mixture(options, labels, x)
+    if near is None:
+        logits = given.shown(_capped(options, given.layer.logits(x)))
+        return losses.rows(options.how, logits, jnp.ones((), logits.dtype))
     assert losses.label is not None
-    return mixed(
-        losses.label, product_losses(made.layer, made.near, x, losses.label, options.classes), losses.factors
-    )
+    return mixed(losses.label, product_losses(given.layer, near, x, losses.label, options.classes), losses.factors)
 
 
 def _losses_and_gradient_of(
     options: _Options,
-    made: _Made,
+    given: _Given,
+    near: Center | None,
+    stored: DTypeLike,
     x: Float[Array, "size features"],
     labels: Array,
     counts: Bool[Array, " size"],
-    weight: Float[Array, " classes"] | None,
     scale: Float[Array, " size"],
-) -> tuple[Float[Array, " size"], Float[Array, "size classes"]]:
-    """The losses of hidden states, and the gradient of `sum(scale * losses)` with respect to their logits."""
-    logits = _capped(options, made.layer.logits(x)) if made.near is None else made.layer.shape(x)
-    losses = _mixture(options, labels, weight, logits)
+) -> tuple[Float[Array, " size"], Float[Array, "size classes"], Float[Array, " size"] | None]:
+    """The losses of hidden states, and gradients of `sum(scale * losses)`.
+
+    First with respect to logits before they are scaled; then, if they are held, for each token by what scales them.
+    """
+    layer = given.layer
+    losses = given.mixture(options, labels, x)
     if losses.label is not None:  # what does not count has no label: no infinity of the kernel may reach it
         losses = losses._replace(label=jnp.where(counts, losses.label, -1))
-    if not isinstance(logits, jax.ShapeDtypeStruct):
-        loss, gradient = losses.rows_and_gradient(options.how, logits, scale)
+    if near is None:
+        unscaled = layer.unscaled(x)
+        logits = _capped(options, layer.scaled(unscaled))
+        loss, gradient = losses.rows_and_gradient(options.how, given.shown(logits), scale)
         if options.softcap is not None:
             gradient = gradient * (1.0 - (logits / options.softcap) ** 2)
-        return loss, gradient
-    label, factors = losses.label, losses.factors
-    assert label is not None
-    assert made.near is not None
-    rows = factors.times(scale).rows(label)
-    *parts, gradient = product_losses_and_gradient(
-        made.layer, made.near, x, label, rows, options.classes, made.stored
-    )
-    return mixed(label, parts, factors), gradient
+        of_scale = None if layer.scale is None else jnp.sum(gradient * unscaled, 1)
+        return loss, layer.scaled(gradient), of_scale
+    assert losses.label is not None
+    rows = losses.factors.times(layer.scaled(scale)).rows(losses.label)
+    *parts, gradient = product_losses_and_gradient(layer, near, x, losses.label, rows, options.classes, stored)
+    return mixed(losses.label, parts, losses.factors), gradient, None
 
 
 def _capped(options: _Options, logits: Float[Array, "size classes"]) -> Float[Array, "size classes"]:
     return logits if options.softcap is None else options.softcap * jnp.tanh(logits / options.softcap)
-
-
-def _mixture(
-    options: _Options, labels: Array, weight: Float[Array, " classes"] | None, logits: Array | jax.ShapeDtypeStruct
-) -> Mixture:
-    return mixture(logits, labels, read_target(logits, labels, weight, options.loss), None, weight, options.loss)
 
 
 def _add_product(
@@ -752,9 +775,9 @@ def _chunks(options: _Options, arrays: _Arrays, counts: _Live, size: int, *, ski
 
 
 def _wanted(arrays_dot: Any) -> tuple[_Wanted, tuple[Array, ...]]:
-    """Which of hidden, kernel and bias have tangents, and those tangents."""
-    linear = (arrays_dot.hidden, arrays_dot.kernel, arrays_dot.bias)
-    wanted = (is_perturbed(linear[0]), is_perturbed(linear[1]), is_perturbed(linear[2]))
+    """Which of hidden, kernel, bias and logit_scale have tangents, and those tangents."""
+    linear = (arrays_dot.hidden, arrays_dot.kernel, arrays_dot.bias, arrays_dot.logit_scale)
+    wanted: Any = tuple(map(is_perturbed, linear))
     return wanted, tuple(t for t, want in zip(linear, wanted, strict=True) if want)
 
 

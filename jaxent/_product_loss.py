@@ -30,12 +30,21 @@ class Layer(NamedTuple):
 
     kernel: Float[Array, "features classes"]
     bias: Float[Array, " classes"] | None
+    scale: Float[Array, ""] | None = None
 
     def logits(self, x: Float[Array, "tokens features"]) -> Float[Array, "tokens classes"]:
-        """`x @ kernel + bias`, accumulated in at least float32."""
+        """`scale * (x @ kernel + bias)`, accumulated in at least float32."""
+        return self.scaled(self.unscaled(x))
+
+    def unscaled(self, x: Float[Array, "tokens features"]) -> Float[Array, "tokens classes"]:
+        """`x @ kernel + bias`."""
         dtype = compute_dtype(x.dtype)
         logits = jax.lax.dot_general(x, self.kernel, (((1,), (0,)), ((), ())), preferred_element_type=dtype)
         return logits if self.bias is None else logits + self.bias.astype(dtype)[None]
+
+    def scaled(self, x: Array) -> Array:
+        """`scale * x`."""
+        return x if self.scale is None else self.scale * x
 
     def shape(self, x: Float[Array, "tokens features"]) -> jax.ShapeDtypeStruct:
         """Of `logits`."""
@@ -58,12 +67,14 @@ def center(layer: Layer, axis: ClassAxis) -> Center:
     kernel = layer.kernel.astype(compute_dtype(layer.kernel.dtype))
     classes = axis.size(kernel)
     if layer.bias is None:
-        return Center(axis.total(jnp.sum(kernel, 1)) / classes, jnp.zeros((), kernel.dtype))
-    b = layer.bias.astype(kernel.dtype)[None]
+        mean = axis.total(jnp.sum(kernel, 1)) / classes
+        return Center(layer.scaled(mean), jnp.zeros((), kernel.dtype))
+    b = layer.scaled(layer.bias.astype(kernel.dtype)[None])
     m = axis.max(b)
     q = jnp.exp(b - m)
     total = axis.sum(q)
-    return Center(axis.total(jnp.sum(kernel * q, 1)) / total[0], (m + jnp.log(total / classes))[0, 0])
+    mean = axis.total(jnp.sum(kernel * q, 1)) / total[0]
+    return Center(layer.scaled(mean), (m + jnp.log(total / classes))[0, 0])
 
 
 def product_losses(

@@ -122,6 +122,9 @@ CASES = {
     "linear_cross_entropy with all": _LCE(
         _LINEAR | {"weight": "c"}, wrt=_LEARNT, ignored=True, label_smoothing=0.2, z_loss=0.1, softcap=5.0
     ),
+    "linear_cross_entropy scaled and masked": _LCE(
+        _LINEAR | {"where": "c", "logit_scale": ""}, wrt=(*_LEARNT, "logit_scale"), softcap=5.0, label_smoothing=0.1
+    ),
     "linear_cross_entropy mean": _LCE(_LINEAR | {"weight": "c"}, "", wrt=_LEARNT, ignored=True, reduction="mean"),
     "linear_cross_entropy mean of class weights": _LCE(
         _LINEAR | {"weight": "c"}, "", wrt=("weight", "kernel"), ignored=True, reduction="mean"
@@ -166,6 +169,8 @@ def arguments_of(case, sizes=SIZES):
             np.put_along_axis(arguments["where"], arguments["labels"][:, None], True, 1)
         else:
             arguments["labels"] *= arguments["where"]
+    if case.arrays.get("where") == "c" and "hidden" in case.arrays:
+        arguments["where"][arguments["labels"]] = True
     if case.ignored:
         arguments["labels"][::3] = -100
     return arguments, rng.normal(size=[sizes[a] for a in case.out]).astype(np.float32)

@@ -105,6 +105,54 @@ def test_each_option(name):
     assert_linear_matches_torch(HIDDEN, KERNEL, LABELS, reduction=reduction, chunk_size=3, **OPTIONS[name])
 
 
+@pytest.mark.more(one_in=5)
+@pytest.mark.parametrize("implementation", [None, "xla"])
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+@pytest.mark.parametrize("kind", ["indices", "probabilities"])
+@pytest.mark.parametrize("softcap", [None, 3.0])
+@pytest.mark.parametrize("masked", [False, True])
+def test_scaled_logits_and_hidden_classes(float64, masked, softcap, kind, reduction, implementation):
+    """Torch's losses of logits whose hidden classes are cut out; first and second derivatives by the scale, too."""
+    where = np.array([True, True, False, True, True]) if masked else None
+    shown = np.flatnonzero(np.ones(C) if where is None else where)
+    labels = np.array([3, -100, 4, 1, 1, 3, 0]) if kind == "indices" else PROBABILITIES
+    arrays = (*LINEAR, np.array(0.7))
+    options = {"weight": WEIGHT, "label_smoothing": 0.1, "reduction": reduction}
+
+    def ours(hidden, kernel, bias, scale):
+        soft = {} if kind == "indices" or where is None else {"labels": labels * where}
+        arguments = {"labels": labels, "bias": bias, "where": where, "logit_scale": scale, "softcap": softcap, **soft}
+        how = {"implementation": implementation, "chunk_size": 3}
+        return jnp.sum(linear_cross_entropy(hidden, kernel, **arguments, **options, **how))
+
+    def theirs(hidden, kernel, bias, scale):
+        x = scale * (hidden @ kernel + bias)
+        x = (x if softcap is None else softcap * torch.tanh(x / softcap))[:, shown]
+        y = np.where(labels >= 0, np.searchsorted(shown, labels), labels) if kind == "indices" else labels[:, shown]
+        weight = torch.from_numpy(WEIGHT[shown])
+        return torch.nn.functional.cross_entropy(x, torch.from_numpy(y), **(options | {"weight": weight})).sum()
+
+    tensors, every = tuple(torch.tensor(x, requires_grad=True) for x in arrays), (0, 1, 2, 3)
+    value = theirs(*tensors)
+    got = jax.jit(jax.value_and_grad(ours, every))(*arrays)
+    close(got, (value.item(), tuple(x.numpy() for x in torch.autograd.grad(value, tensors))))
+    close(jax.jit(jax.grad(ours, (0, 1)))(*arrays), got[1][:2])
+    if implementation is None:
+        want = torch.autograd.functional.hessian(theirs, tensors)
+        close(
+            jax.jacfwd(jax.jacrev(ours, every), every)(*arrays), tuple(tuple(x.numpy() for x in row) for row in want)
+        )
+
+
+def test_without_any_class_there_is_nothing_to_add():
+    where = np.zeros(C, bool)
+    options = {"bias": BIAS, "where": where, "reduction": "sum"}
+    value, gradients = jax.value_and_grad(linear_cross_entropy, (0, 1))(HIDDEN, KERNEL, LABELS, **options)
+    assert value == 0.0
+    assert not any(np.any(g) for g in gradients)
+    assert linear_cross_entropy(HIDDEN, KERNEL, LABELS, where=np.arange(C) != 0, reduction="none")[1] == np.inf
+
+
 @pytest.mark.parametrize("chunk_size", [1, N - 1, N, N + 5])
 def test_chunk_sizes(chunk_size):
     for labels in (LABELS, SOME):

@@ -147,7 +147,7 @@ def _rule(
         why_not, module = f"it has no kernels for {' and '.join(platforms)}", None
     else:
         module = importlib.import_module(machine.module)
-        why_not = None if hasattr(module, name) else f"{machine.implementation} has no such kernel"
+        why_not = None if hasattr(module, name) else f"it has no {name}"
         why_not = why_not or _not_here(context, axis) or module.refusal(name, *context.avals_in, axis=axis, **options)
         if why_not is None and implementation is None and hasattr(module, "unasked"):
             why_not = module.unasked(name, *context.avals_in, axis=axis, **options)

@@ -112,13 +112,13 @@ def _function(name: str) -> Callable[..., Any]:
     return served
 
 
-def refusal(name: str, x: Any, *others: Any, axis: ClassAxis, dtype: DTypeLike = jnp.float32, **_: Any) -> str | None:
+def refusal(_: str, x: Any, *others: Any, axis: ClassAxis, dtype: DTypeLike = jnp.float32, **__: Any) -> str | None:
     """Why that function is not computed here for such arguments."""
     if not INTERPRET and jax.default_backend() == "gpu" and float(jax.devices()[0].compute_capability) < AMPERE:
         return "Triton wants a GPU of compute capability 8.0 or more"
     if math.prod(x.shape) > LARGEST:
         return f"there are more than {LARGEST} logits"
-    return refusal_of_any(name, ("float32", "bfloat16", "float16"), x, *others, axis=axis, dtype=dtype)
+    return refusal_of_any(("float32", "bfloat16", "float16"), x, *others, axis=axis, dtype=dtype)
 
 
 def unasked(_: str, x: Any, *__: Any, **___: Any) -> str | None:

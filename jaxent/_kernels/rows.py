@@ -87,12 +87,8 @@ def grouped(function: Function, refs: tuple[Any, ...]) -> tuple[list[Any], ...]:
     )
 
 
-def refusal(
-    name: str, floats: tuple[str, ...], x: Any, *others: Any, axis: ClassAxis, dtype: DTypeLike
-) -> str | None:
-    """Why no such kernel computes a function for such arguments; `floats` are what it can compute."""
-    if name not in FUNCTIONS:
-        return f"it has no {name}"
+def refusal(floats: tuple[str, ...], x: Any, *others: Any, axis: ClassAxis, dtype: DTypeLike) -> str | None:
+    """Why no such kernel takes such arguments; `floats` are what it can compute."""
     wide = (jnp.dtype(dtype), *(a.dtype for a in (x, *others) if a.ndim == x.ndim))
     if any(x.name not in floats for x in wide):
         return f"it computes {' and '.join(floats)} only"

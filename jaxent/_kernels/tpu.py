@@ -301,7 +301,7 @@ def refusal(name: str, x: Any, *others: Any, axis: ClassAxis, dtype: DTypeLike =
     """Why that function is not computed here for such arguments."""
     if not INTERPRET and jax.default_backend() == "tpu" and jax.devices()[0].device_kind.startswith(TOO_SMALL):
         return f"the fast memory of a {jax.devices()[0].device_kind} is small"
-    why_not = refusal_of_any(name, ("float32", "bfloat16"), x, *others, axis=axis, dtype=dtype)
+    why_not = refusal_of_any(("float32", "bfloat16"), x, *others, axis=axis, dtype=dtype)
     if why_not is not None:
         return why_not
     return None if _plan_of(name, (x, *others), dtype) else "a row does not fit fast memory"
