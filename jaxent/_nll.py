@@ -14,12 +14,14 @@ from ._check import (
     AxisName,
     FloatArray,
     LabelArray,
+    Labels,
     Reduction,
     WeightArray,
     check_axis_name,
     check_floating,
     check_ignore_index,
     check_labels,
+    check_range,
     check_reduction,
     check_sample_weight,
     check_weight,
@@ -32,7 +34,7 @@ from ._linear import linear, times
 
 def nll(
     log_probs: FloatArray,
-    labels: LabelArray,
+    labels: Labels,
     *,
     axis: int = -1,
     weight: FloatArray | None = None,
@@ -52,9 +54,9 @@ def nll(
 
     Args:
         log_probs: log-probabilities, for instance from `log_softmax`; a floating dtype, any shape.
-        labels: class indices (an integer dtype, the shape of `log_probs` without `axis`) or class probabilities
-            (a floating dtype, the shape of `log_probs`).
-        axis: the class axis.
+        labels: class indices (an integer dtype, the shape of `log_probs` without `axis`; an int for a single row) or
+            class probabilities (a floating dtype, the shape of `log_probs`).
+        axis: the class axis. PyTorch's `(N, C, d1, ...)` is `axis=1`.
         weight: one weight per class, shape `(classes,)`.
         sample_weight: one weight or truth value per example, of the shape of class indices or with 1 in place of some
             sizes. Each loss is multiplied by it. An example of weight 0 adds nothing, whatever its scores and its
@@ -88,9 +90,10 @@ def nll(
     classes = class_axis(normalize_axis("log_probs", log_probs.shape, axis), check_axis_name(axis_name))
     ignore_index = check_ignore_index(ignore_index)
     check_reduction(reduction)
+    labels = check_labels("log_probs", log_probs.shape, labels, classes, ignore_index)
     check_weight(weight, log_probs.shape[classes.index])
     check_sample_weight(sample_weight, classes.rows(log_probs.shape))
-    check_labels("log_probs", log_probs.shape, labels, classes, ignore_index, sample_weight)
+    check_range(labels, log_probs.shape[classes.index] * classes.parts(), ignore_index, sample_weight)
     return _nll(log_probs, labels, weight, sample_weight, classes, ignore_index, reduction)
 
 
