@@ -19,6 +19,7 @@ AnyArray: TypeAlias = jax.Array | np.ndarray
 FloatArray: TypeAlias = Float[AnyArray, "..."]
 WeightArray: TypeAlias = Float[AnyArray, "..."] | Bool[AnyArray, "..."]
 LabelArray: TypeAlias = Integer[AnyArray, "..."] | Inexact[AnyArray, "..."]
+Labels: TypeAlias = LabelArray | int | np.integer  # what a user may give
 BoolArray: TypeAlias = Bool[AnyArray, "..."]
 Axis: TypeAlias = int | tuple[int, ...]
 AxisName: TypeAlias = str | tuple[str, ...]
@@ -26,21 +27,48 @@ Reduction: TypeAlias = Literal["none", "mean", "sum"]
 Implementation: TypeAlias = Literal["native", "pallas", "xla"]
 
 
-issubdtype = functools.cache(jnp.issubdtype)  # outside of jit, it would be a tenth of a small call's time
+@functools.cache  # outside of jit, `issubdtype` would be a tenth of a small call's time
+def _kind(dtype: object) -> Literal["floating", "integer", "boolean", "other"] | None:
+    """What an array of this dtype holds; None for a dtype that JAX does not read."""
+    if not isinstance(dtype, np.dtype) or not dtype.isnative:
+        return None
+    if jnp.issubdtype(dtype, jnp.floating):
+        return "floating"
+    if jnp.issubdtype(dtype, jnp.integer):
+        return "integer"
+    return "boolean" if dtype == jnp.bool_ else "other"
+
+
+def kind_of(name: str, x: Shaped[AnyArray, "..."]) -> Literal["floating", "integer", "boolean", "other"]:
+    """What `x` holds, which must be an array that JAX reads."""
+    dtype = getattr(x, "dtype", None)
+    if kind := _kind(dtype):
+        return kind
+    if isinstance(dtype, np.dtype):  # once a shape is compiled, JAX would take the bytes for native ones
+        raise TypeError(f"{name} must be of native byte order, got {dtype}; x.astype(x.dtype.newbyteorder('=')) is")
+    if isinstance(x, jax.Array):  # of keys, say
+        raise TypeError(f"{name} must hold numbers, got {dtype}")
+    module = type(x).__module__
+    got = type(x).__name__ if module == "builtins" else f"{module}.{type(x).__name__}"
+    raise TypeError(f"{name} must be a jax or numpy array, got {got}; jnp.asarray makes one of tensors and lists")
 
 
 def check_floating(name: str, x: Shaped[AnyArray, "..."]) -> None:
     """Require a real floating dtype."""
-    if not hasattr(x, "dtype"):
-        raise TypeError(f"{name} must be a jax or numpy array, got {type(x).__name__}")
-    if not issubdtype(x.dtype, jnp.floating):
+    if kind_of(name, x) != "floating":
         raise TypeError(f"{name} must have a floating dtype, got {x.dtype}")
 
 
 def check_dtype(dtype: DTypeLike | None) -> None:
     """Require `dtype` to be None or floating."""
-    if dtype is not None and not issubdtype(dtype, jnp.floating):
-        raise TypeError(f"dtype must be a floating dtype, got {jnp.dtype(dtype)}")
+    if dtype is None:
+        return
+    try:
+        wanted = jnp.dtype(dtype)
+    except TypeError:
+        wanted = dtype  # PyTorch's, for instance
+    if _kind(wanted) != "floating":
+        raise TypeError(f"dtype must be a floating dtype that JAX has, got {wanted}")
 
 
 def normalize_axis(name: str, shape: tuple[int, ...], axis: int) -> int:
@@ -108,8 +136,8 @@ def check_mask(name: str, mask: BoolArray, shape: tuple[int, ...]) -> None:
 
 
 def _check_boolean(name: str, mask: BoolArray) -> None:
-    if not hasattr(mask, "dtype") or mask.dtype != jnp.bool_:
-        raise TypeError(f"{name} must be a boolean array, got {getattr(mask, 'dtype', type(mask).__name__)}")
+    if kind_of(name, mask) != "boolean":
+        raise TypeError(f"{name} must be a boolean array, got {mask.dtype}")
 
 
 def check_reduction(reduction: str) -> None:
@@ -138,9 +166,7 @@ def check_sample_weight(sample_weight: WeightArray | None, rows: tuple[int, ...]
     """Require a number or a truth value for each example, of which there are so many."""
     if sample_weight is None:
         return
-    if not hasattr(sample_weight, "dtype"):
-        raise TypeError(f"sample_weight must be a jax or numpy array, got {type(sample_weight).__name__}")
-    if not issubdtype(sample_weight.dtype, jnp.floating) and sample_weight.dtype != jnp.bool_:
+    if kind_of("sample_weight", sample_weight) not in ("floating", "boolean"):
         raise TypeError(f"sample_weight must have a floating dtype or be boolean, got {sample_weight.dtype}")
     shape = sample_weight.shape
     if len(shape) != len(rows) or any(size not in (1, wanted) for size, wanted in zip(shape, rows, strict=True)):
@@ -198,18 +224,19 @@ def check_chunk_size(chunk_size: int | None) -> int | None:
 def check_labels(
     name: str,
     shape: tuple[int, ...],
-    labels: LabelArray,
+    labels: Labels,
     axis: ClassAxis,
     ignore_index: int | None,
-    sample_weight: WeightArray | None = None,
-) -> bool:
-    """Check `labels` against scores called `name` of `shape`; True if they are class indices.
+    movable: bool = True,
+) -> LabelArray:
+    """`labels` as an array, whose dtype and shape fit scores called `name` of `shape`.
 
-    What an example without weight has for a label is nobody's business.
+    `movable` says that the caller may name another class axis.
     """
-    if not hasattr(labels, "dtype"):
-        raise TypeError(f"labels must be a jax or numpy array, got {type(labels).__name__}")
-    if issubdtype(labels.dtype, jnp.floating):
+    if isinstance(labels, (int, np.integer)):  # of a single row; a truth value is refused below
+        labels = np.asarray(labels)
+    kind = kind_of("labels", labels)
+    if kind == "floating":
         if labels.shape != shape:
             raise ValueError(
                 f"labels of dtype {labels.dtype} are class probabilities and must have the shape {shape} "
@@ -217,34 +244,38 @@ def check_labels(
             )
         if ignore_index is not None and ignore_index >= 0:
             raise ValueError(f"ignore_index must be None or negative with class probabilities, got {ignore_index}")
-        return False
-    if not issubdtype(labels.dtype, jnp.integer):
+        return labels
+    if kind != "integer":
         raise TypeError(
             f"labels must have an integer dtype (class indices) or a floating dtype (class probabilities), "
             f"got {labels.dtype}"
         )
     expected = axis.rows(shape)
     if labels.shape != expected:
+        second = movable and len(shape) > 1 and labels.shape == ClassAxis(1).rows(shape)  # PyTorch's (N, C, d1, ...)
         raise ValueError(
             f"labels of dtype {labels.dtype} are class indices and must have the shape {expected}, "
             f"{name}'s {shape} without its class axis {axis.index}, got shape {labels.shape}"
+            + (", which fits axis=1" if second else "")
         )
-    if not isinstance(sample_weight, Tracer):
-        _check_range(labels, shape[axis.index] * axis.parts(), ignore_index, sample_weight)
-    return True
+    return labels
 
 
 @functools.cache
 def _unsigned(dtype: np.dtype) -> tuple[np.dtype, int]:
     """`dtype` without its sign, in which negative numbers are huge, and how many numbers are not negative."""
-    return np.dtype(f"{dtype.byteorder}u{dtype.itemsize}"), int(np.iinfo(dtype).max) + 1
+    return np.dtype(f"u{dtype.itemsize}"), int(np.iinfo(dtype).max) + 1
 
 
-def _check_range(
+def check_range(
     labels: LabelArray, classes: int, ignore_index: int | None, sample_weight: WeightArray | None
 ) -> None:
+    """Require class indices, if these are such, of which there are so many.
+
+    What an example without weight has for a label is nobody's business.
+    """
     # Traced labels have no values yet, and a process cannot read what other hosts hold: both give NaN later.
-    if isinstance(labels, Tracer):
+    if _kind(labels.dtype) == "floating" or isinstance(labels, Tracer) or isinstance(sample_weight, Tracer):
         return
     if jax.process_count() > 1:
         for x in (labels, sample_weight):

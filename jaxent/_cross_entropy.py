@@ -6,7 +6,6 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Integer
 
@@ -17,6 +16,7 @@ from ._check import (
     FloatArray,
     Implementation,
     LabelArray,
+    Labels,
     Reduction,
     WeightArray,
     check_axis_name,
@@ -25,6 +25,7 @@ from ._check import (
     check_implementation,
     check_labels,
     check_number,
+    check_range,
     check_reduction,
     check_sample_weight,
     check_smoothing,
@@ -43,7 +44,7 @@ from ._softmax import add, hide_classes
 
 def cross_entropy(
     logits: FloatArray,
-    labels: LabelArray,
+    labels: Labels,
     *,
     axis: Axis = -1,
     where: BoolArray | None = None,
@@ -67,8 +68,8 @@ def cross_entropy(
 
     Args:
         logits: unnormalised scores; a floating dtype, any shape with at least one axis.
-        labels: class indices (an integer dtype, the shape of `logits` without `axis`) or class probabilities
-            (a floating dtype, the shape of `logits`).
+        labels: class indices (an integer dtype, the shape of `logits` without `axis`; an int for a single row) or
+            class probabilities (a floating dtype, the shape of `logits`).
         axis: the class axis; PyTorch's `(N, C, d1, ...)` is `axis=1`. Or several that count as one: class indices
             count through them, the last one fastest.
         where: boolean mask that broadcasts to `logits`; the loss is as if classes where it is False did not exist.
@@ -116,22 +117,24 @@ def cross_entropy(
     check_where("logits", logits.shape, where)
     if isinstance(axis, tuple):
         merge = merging("logits", logits.shape, axis, axis_name)
-        labels = merge(labels) if np.shape(labels) == logits.shape else labels
+        labels = merge(labels) if getattr(labels, "shape", None) == logits.shape else labels
         logits, where, axis = merge(logits), merge(where), -1
     classes = class_axis(normalize_axis("logits", logits.shape, axis), check_axis_name(axis_name))
     check_reduction(reduction)
+    ignore_index = check_ignore_index(ignore_index)
+    labels = check_labels("logits", logits.shape, labels, classes, ignore_index)
     check_weight(weight, logits.shape[classes.index])
     check_sample_weight(sample_weight, classes.rows(logits.shape))
+    check_range(labels, logits.shape[classes.index] * classes.parts(), ignore_index, sample_weight)
     check_implementation(implementation)
     options = loss_options(
         classes,
-        check_ignore_index(ignore_index),
+        ignore_index,
         reduction,
         check_smoothing(label_smoothing),
         check_number("z_loss", z_loss),
         implementation,
     )
-    check_labels("logits", logits.shape, labels, classes, options.ignore_index, sample_weight)
     return _cross_entropy(logits, labels, where, weight, sample_weight, options)
 
 

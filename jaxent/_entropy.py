@@ -55,8 +55,8 @@ def entropy(
         >>> import jax, jax.numpy as jnp, jaxent
         >>> print(jaxent.entropy(jnp.array([[0.0, 0.0], [0.0, 20.0]])))
         [6.9314718e-01 4.3284228e-08]
-        >>> print(jax.grad(jaxent.entropy)(jnp.array([0.0, 1.0, -jnp.inf])).round(4))
-        [ 0.1966 -0.1966  0.    ]
+        >>> [f"{g:.4f}" for g in jax.grad(jaxent.entropy)(jnp.array([0.0, 1.0]))]
+        ['0.1966', '-0.1966']
 
     References:
         [torch.distributions.Categorical.entropy](https://docs.pytorch.org/docs/stable/distributions.html#categorical);

@@ -18,7 +18,7 @@ from ._check import (
     BoolArray,
     FloatArray,
     Implementation,
-    LabelArray,
+    Labels,
     Reduction,
     WeightArray,
     check_axis_name,
@@ -29,6 +29,7 @@ from ._check import (
     check_labels,
     check_mask,
     check_number,
+    check_range,
     check_reduction,
     check_sample_weight,
     check_scalar,
@@ -55,7 +56,7 @@ from ._product_loss import Center, Layer, center, dtype_of_exponentials, product
 def linear_cross_entropy(
     hidden: FloatArray,
     kernel: FloatArray,
-    labels: LabelArray,
+    labels: Labels,
     *,
     bias: FloatArray | None = None,
     weight: FloatArray | None = None,
@@ -85,8 +86,8 @@ def linear_cross_entropy(
         hidden: inputs of the linear layer, shape `(..., features)`; a floating dtype.
         kernel: its weights, shape `(features, classes)`, as Flax has them; a floating dtype. Pass the transpose of
             PyTorch's weight or of an embedding.
-        labels: class indices (an integer dtype, the shape of `hidden` without its last axis) or class probabilities
-            (a floating dtype, shape `(..., classes)`).
+        labels: class indices (an integer dtype, the shape of `hidden` without its last axis; an int for a single
+            token) or class probabilities (a floating dtype, shape `(..., classes)`).
         bias: shape `(classes,)`.
         weight: one weight per class, shape `(classes,)`.
         sample_weight: one weight or truth value per token, of the shape of class indices or with 1 in place of some
@@ -137,12 +138,13 @@ def linear_cross_entropy(
     axis = ClassAxis(hidden.ndim - 1, check_axis_name(axis_name))
     ignore_index = check_ignore_index(ignore_index)
     check_reduction(reduction)
+    shape = (*hidden.shape[:-1], kernel.shape[1])
+    labels = check_labels("hidden @ kernel", shape, labels, axis, ignore_index, movable=False)
     check_weight(weight, kernel.shape[1])
     if where is not None:
         check_mask("where", where, kernel.shape[1:])
     check_sample_weight(sample_weight, hidden.shape[:-1])
-    shape = (*hidden.shape[:-1], kernel.shape[1])
-    check_labels("hidden @ kernel", shape, labels, axis, ignore_index, sample_weight)
+    check_range(labels, kernel.shape[1] * axis.parts(), ignore_index, sample_weight)
     check_implementation(implementation)
     loss = loss_options(
         class_axis(1, axis.names),

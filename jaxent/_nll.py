@@ -6,7 +6,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Integer
 
@@ -16,12 +15,14 @@ from ._check import (
     AxisName,
     FloatArray,
     LabelArray,
+    Labels,
     Reduction,
     WeightArray,
     check_axis_name,
     check_floating,
     check_ignore_index,
     check_labels,
+    check_range,
     check_reduction,
     check_sample_weight,
     check_weight,
@@ -35,7 +36,7 @@ from ._linear import linear, times
 
 def nll(
     log_probs: FloatArray,
-    labels: LabelArray,
+    labels: Labels,
     *,
     axis: Axis = -1,
     weight: FloatArray | None = None,
@@ -55,8 +56,8 @@ def nll(
 
     Args:
         log_probs: log-probabilities, for instance from `log_softmax`; a floating dtype, any shape.
-        labels: class indices (an integer dtype, the shape of `log_probs` without `axis`) or class probabilities
-            (a floating dtype, the shape of `log_probs`).
+        labels: class indices (an integer dtype, the shape of `log_probs` without `axis`; an int for a single row) or
+            class probabilities (a floating dtype, the shape of `log_probs`).
         axis: the class axis, or several that count as one: class indices count through them, the last one fastest.
         weight: one weight per class, shape `(classes,)`.
         sample_weight: one weight or truth value per example, of the shape of class indices or with 1 in place of some
@@ -90,14 +91,15 @@ def nll(
     check_floating("log_probs", log_probs)
     if isinstance(axis, tuple):
         merge = merging("log_probs", log_probs.shape, axis, axis_name)
-        labels = merge(labels) if np.shape(labels) == log_probs.shape else labels
+        labels = merge(labels) if getattr(labels, "shape", None) == log_probs.shape else labels
         log_probs, axis = merge(log_probs), -1
     classes = class_axis(normalize_axis("log_probs", log_probs.shape, axis), check_axis_name(axis_name))
     ignore_index = check_ignore_index(ignore_index)
     check_reduction(reduction)
+    labels = check_labels("log_probs", log_probs.shape, labels, classes, ignore_index)
     check_weight(weight, log_probs.shape[classes.index])
     check_sample_weight(sample_weight, classes.rows(log_probs.shape))
-    check_labels("log_probs", log_probs.shape, labels, classes, ignore_index, sample_weight)
+    check_range(labels, log_probs.shape[classes.index] * classes.parts(), ignore_index, sample_weight)
     return _nll(log_probs, labels, weight, sample_weight, classes, ignore_index, reduction)
 
 

@@ -114,6 +114,34 @@ def test_integer_labels(dtype):
     np.testing.assert_allclose(loss, np.log(3), rtol=8 * EPS)
 
 
+@pytest.mark.parametrize("label", [2, np.int64(2), np.uint8(2), -100], ids=repr)
+@pytest.mark.parametrize("transform", [lambda f: f, jax.jit], ids=["eager", "jit"])
+def test_an_integer_as_the_label_of_a_row(transform, label):
+    rng = np.random.default_rng(0)
+    row, hidden, kernel = (rng.normal(size=size).astype(np.float32) for size in ((3,), (4,), (4, 3)))
+    log_probs = np.asarray(jaxent.log_softmax(row))
+    cases = [
+        (jaxent.cross_entropy, functional.cross_entropy, (row,)),
+        (jaxent.nll, functional.nll_loss, (log_probs,)),
+        (
+            jaxent.linear_cross_entropy,
+            lambda h, w, label, **how: functional.cross_entropy(h @ w, label, **how),
+            (hidden, kernel),
+        ),
+    ]
+    for ours, theirs, arrays in cases:
+        with pytest.raises(TypeError):
+            theirs(*map(torch.tensor, arrays), int(label))
+        tensors = [torch.tensor(x, requires_grad=True) for x in arrays]
+        wanted = theirs(*tensors, torch.tensor(int(label)), reduction="sum")
+        wanted.backward()
+        f = jax.value_and_grad(lambda *x, loss=ours: loss(*x, label, reduction="sum"), range(len(arrays)))
+        loss, gradients = transform(f)(*arrays)
+        np.testing.assert_allclose(loss, wanted.item(), rtol=8 * EPS)
+        for got, x in zip(gradients, tensors, strict=True):
+            np.testing.assert_allclose(got, x.grad, rtol=1e-5, atol=8 * EPS)
+
+
 def test_ignore_nothing():
     with pytest.raises(TypeError):
         functional.cross_entropy(torch.zeros(2, 3), torch.tensor([0, 1]), ignore_index=None)

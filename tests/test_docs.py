@@ -1,6 +1,7 @@
 """The documentation names every argument of PyTorch's functions, and shows no Python that no test runs."""
 
 import inspect
+import os
 import re
 from pathlib import Path
 
@@ -48,3 +49,11 @@ def test_every_block_of_python_is_run(page):
 def test_links_to_files_lead_somewhere(page):
     for target in re.findall(r"\]\((?!https?:|#)([^)#]+)[^)]*\)", page.read_text()):
         assert (page.parent / target).exists(), target
+
+
+def test_workflows_run_our_scripts_alone():
+    """What .ci/run runs, too: a command of a workflow's own would only ever run there."""
+    for workflow in (ROOT / ".github" / "workflows").glob("*.yml"):
+        for command in re.findall(r"\brun: *(.*)", workflow.read_text()):
+            assert re.match(r"\.ci/\w+( |$)", command), (workflow.name, command)
+            assert os.access(ROOT / command.split()[0], os.X_OK), command
