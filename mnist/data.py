@@ -18,6 +18,7 @@ from tensorflow_datasets.core.writer import ExampleWriter
 from mnist.datasets import MNIST, Dataset
 from mnist.disk import refusal
 from mnist.idx import DataError, Digits, Splits, UnreachableError, from_folder, from_network
+from mnist.signals import cleaned
 
 SAMPLE = Path(__file__).parent / "sample"  # a data directory that the repository carries
 
@@ -118,7 +119,7 @@ def prepare(splits: Splits, data_dir: Path, dataset: Dataset = MNIST) -> None:
     target = directory(data_dir, dataset)
     try:
         data_dir.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=data_dir, prefix="incomplete.") as staging:
+        with cleaned(), tempfile.TemporaryDirectory(dir=data_dir, prefix="incomplete.") as staging:
             with redirect_stdout(StringIO()):  # TFDS announces the staging directory as if it were the result
                 IdxBuilder(dataset, splits, data_dir=staging).download_and_prepare()
             if not same(splits, load(Path(staging), dataset)):

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from mnist.signals import cleaned
+
 if TYPE_CHECKING:  # matplotlib is imported where it draws: a run that ends before its report does not wait for it
     from matplotlib.figure import Figure
 
@@ -36,7 +38,7 @@ def write(
         "calibration": draw_calibration(probabilities, labels),
     }
     folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder, prefix="incomplete.") as staging:
+    with cleaned(), tempfile.TemporaryDirectory(dir=folder, prefix="incomplete.") as staging:
         for name, figure in figures.items():
             figure.savefig(Path(staging) / f"{name}.png")
         (Path(staging) / "README.md").write_text(

@@ -22,9 +22,11 @@ from mnist.evaluation import in_blocks, logits_of, scores
 from mnist.idx import Splits
 from mnist.model import Committee, make_network
 from mnist.recipes import Recipe, make_optimizer
-from mnist.terminal import heard, progress_bar, say
+from mnist.signals import heard, tell
+from mnist.terminal import progress_bar, say
 from mnist.workdir import History, NotFiniteError, StoppedError, claim, sha256, write_metrics
 
+SAVING = "Saving; again to stop now."
 LONGEST_DISPATCH = 64  # steps; the progress bar moves, and signals are heard, between dispatches
 
 Params = Any  # a tree of arrays, as nnx.split makes it
@@ -73,7 +75,7 @@ def train(config: Config, splits: Splits) -> Result:
     order_key, step_key = jax.random.split(jax.random.key(config.seed))
     start = time.perf_counter()
 
-    with checkpoints.opened(workdir) as saved, heard() as signal, progress_bar() as bar:
+    with heard(tell(SAVING)) as signal, checkpoints.opened(workdir) as saved, progress_bar() as bar:
         step, history, items = checkpoints.latest(saved, as_items(state)) or (0, [], as_items(state))
         state = state._replace(**items.pop("progress"), **items)
         write_metrics(workdir, history)
@@ -110,6 +112,7 @@ def train(config: Config, splits: Splits) -> Result:
                 row = {"epoch": epoch + 1, "step": step, "train_loss": float(state.loss) / epoch_steps}
                 history.append({**row, "test_loss": test_loss, "test_accuracy": accuracy})
                 write_metrics(workdir, history)
+                stop = stop or int(spread(signal(), mesh).max())  # after the last epoch no dispatch would tell
                 say(
                     f"epoch {epoch + 1:2}/{recipe.epochs}   loss {row['train_loss']:.4f}   "
                     f"test accuracy {accuracy:.2%}   {time.perf_counter() - start:.0f} s"

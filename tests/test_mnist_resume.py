@@ -108,21 +108,26 @@ def checkpoint_steps(workdir: Path) -> list[int]:
     return sorted(int(path.name) for path in (workdir / "checkpoints").iterdir() if path.name.isdigit())
 
 
-@pytest.mark.more(one_in=2)
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.more(one_in=3)
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_saves_and_says_how_to_go_on(number, tmp_path, uninterrupted, cache):
     workdir = tmp_path / "run"
     process = start(workdir, "never", cache)
     deadline = time.monotonic() + 300
-    while not (workdir / "metrics.jsonl").exists() or not metrics(workdir):
-        assert process.poll() is None
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-    process.send_signal(number)
-    _, err = process.communicate(timeout=300)
+    try:
+        while not (workdir / "metrics.jsonl").exists() or not metrics(workdir):
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        process.send_signal(number)
+        _, err = process.communicate(timeout=300)
+    finally:
+        process.kill()
     assert process.returncode == 128 + number
     last = checkpoint_steps(workdir)[-1]
-    assert err == f"Stopped after step {last}, which {workdir} keeps: the same command goes on from there.\n"
+    told, stopped = err.splitlines()
+    assert told == training.SAVING
+    assert stopped == f"Stopped after step {last}, which {workdir} keeps: the same command goes on from there."
     assert last < 240
     assert_same_end(workdir, start(workdir, "never", cache), uninterrupted)
 
