@@ -137,7 +137,7 @@ def test_scaled_logits_and_hidden_classes(float64, masked, softcap, kind, reduct
     got = jax.jit(jax.value_and_grad(ours, every))(*arrays)
     close(got, (value.item(), tuple(x.numpy() for x in torch.autograd.grad(value, tensors))))
     close(jax.jit(jax.grad(ours, (0, 1)))(*arrays), got[1][:2])
-    if implementation is None:
+    if implementation is None and (masked or softcap):
         want = torch.autograd.functional.hessian(theirs, tensors)
         close(
             jax.jacfwd(jax.jacrev(ours, every), every)(*arrays), tuple(tuple(x.numpy() for x in row) for row in want)

@@ -126,7 +126,7 @@ def test_values_and_gradients(name, labels, reduction, implementation):
 @pytest.mark.more(one_in=5)
 @pytest.mark.parametrize("name", ["cross_entropy", "linear_cross_entropy"])
 @LABELS
-@REDUCTIONS
+@pytest.mark.parametrize("reduction", ["none", "mean"])
 @pytest.mark.parametrize("weight", [None, CLASS_WEIGHT], ids=["", "classes"])
 def test_hessians(name, labels, reduction, weight):
     """Of all arrays and the weights, where an example without weight has a derivative of its gradient by that."""
@@ -163,7 +163,7 @@ def test_nothing_comes_of_examples_without_weight(name, labels, reduction, imple
     close = partial(np.testing.assert_allclose, rtol=1e-12, atol=1e-12)
     got, want = jax.value_and_grad(loss, wanted)(*arrays), jax.value_and_grad(without, wanted)(*arrays)
     jax.tree.map(close, got, want)
-    if name != "nll":
+    if name != "nll" and reduction != "sum":
         for f in (lambda g: jax.jacrev(g, wanted), lambda g: jax.jacfwd(g, wanted)):
             got, want = (f(jax.grad(g, wanted))(*arrays) for g in (loss, without))
             jax.tree.map(close, got, want)
