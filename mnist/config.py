@@ -44,7 +44,8 @@ class Config:
     dtype: Literal["float32", "bfloat16"] = "float32"
     """What the network computes in; the parameters are float32 always."""
     seed: int = 0
-    """Decides everything random: two runs with the same seed end with the same bits."""
+    """Decides everything random: two runs with the same seed end with the same bits, on one machine, with one version
+    of JAX and as many devices and CPU cores; elsewhere they end alike, but for rounding."""
     coordinator_address: str | None = None
     """Where the first of several processes listens, as HOST:PORT; found automatically on Cloud TPU, GKE and Slurm."""
     num_processes: int | None = None

@@ -14,7 +14,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 import jaxent
-from mnist import checkpoints
+from mnist import checkpoints, machine
 from mnist.augment import augmented
 from mnist.config import Config, ConfigError
 from mnist.devices import divided, make_mesh, spread, whole
@@ -81,6 +81,8 @@ def train(config: Config, splits: Splits) -> Result:
         write_metrics(workdir, history)
         if step:
             say(f"{workdir} {'is complete' if step == total_steps else 'goes on'} after step {step:,}")
+        if step < total_steps:
+            machine.note(workdir, step)
         task = bar.add_task("training", total=total_steps * batch_size, completed=step * batch_size)
 
         def take(output: Output) -> int:

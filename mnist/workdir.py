@@ -1,6 +1,7 @@
 """The folder of a run: what it was told, and its metrics; the checkpoints have a file of their own.
 
     WORKDIR/config.json      what decides the result
+    WORKDIR/machines.txt     what it was trained on, one line for each that was another
     WORKDIR/metrics.jsonl    one line an epoch, without anything that depends on the clock
     WORKDIR/tensorboard/     the same for TensorBoard, if that is installed
     WORKDIR/checkpoints/N/   everything that the run knew after step N

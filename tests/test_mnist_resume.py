@@ -24,7 +24,7 @@ pytest.importorskip("orbax.checkpoint")
 from _mnist_run import stripes
 from flax import nnx
 
-from mnist import checkpoints, run, training
+from mnist import checkpoints, machine, run, training
 from mnist.config import Config
 from mnist.disk import refusal
 from mnist.idx import Digits
@@ -199,6 +199,40 @@ def test_a_finished_run_is_not_trained_again(uninterrupted, tmp_path, capsys, mo
     assert result.accuracy == json.loads(metrics(finished).splitlines()[-1])["test_accuracy"]
     assert metrics(workdir) == metrics(finished)
     assert "is complete after step 240" in capsys.readouterr().out
+
+
+def test_a_run_that_goes_on_elsewhere_says_so(uninterrupted, tmp_path, capsys, monkeypatch):
+    finished, expected = uninterrupted
+    workdir = tmp_path / "run"
+    shutil.copytree(finished, workdir)
+    shutil.rmtree(workdir / "checkpoints" / "240")
+    before = machine.here()
+    monkeypatch.setattr(machine, "here", lambda: "1 core of another machine")
+    result = training.train(Config(**RUN, workdir=workdir), splits())
+    _, resumed, told, *epochs = capsys.readouterr().out.splitlines()
+    assert resumed.endswith("goes on after step 220")
+    assert told == (
+        f"It was trained on {before}, but goes on with 1 core of another machine, so it will end with other bits."
+    )
+    assert len(epochs) == 1
+    assert (workdir / "machines.txt").read_text() == f"{before}\n1 core of another machine\n"
+    assert training.fingerprint(result.params) == expected["fingerprint"]  # since it was the same one in truth
+
+
+def test_a_machine_is_told_only_where_a_step_was_made(tmp_path, capsys, monkeypatch):
+    for now, step in ("first", 0), ("second", 0), ("second", 10), ("third", 20), ("third", 30):
+        monkeypatch.setattr(machine, "here", lambda now=now: now)
+        machine.note(tmp_path, step)
+        told = "It was trained on second, but goes on with third, so it will end with other bits.\n"
+        assert capsys.readouterr().out == (told if now == "third" else "")
+    assert (tmp_path / "machines.txt").read_text() == "second\nthird\n"
+
+
+def test_a_machine_is_its_devices_usable_cores_and_jax(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {3}, raising=False)
+    assert machine.here() == f"1 cpu device, 1 core, JAX {jax.__version__}"
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {3, 5}, raising=False)
+    assert machine.here() == f"1 cpu device, 2 cores, JAX {jax.__version__}"
 
 
 def test_the_configuration_and_the_weights_can_be_read_back(uninterrupted):
