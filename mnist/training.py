@@ -27,6 +27,7 @@ from mnist.terminal import progress_bar, say
 from mnist.workdir import History, NotFiniteError, StoppedError, claim, sha256, write_metrics
 
 SAVING = "Saving; again to stop now."
+SAVE, SAVE_EVERY = 128, 10.0  # what a process asks for like a signal, of a larger number than any; seconds
 LONGEST_DISPATCH = 64  # steps; the progress bar moves, and signals are heard, between dispatches
 
 Params = Any  # a tree of arrays, as nnx.split makes it
@@ -49,7 +50,7 @@ class Output(NamedTuple):
 
     step: jax.Array  # the last one
     losses: jax.Array  # of all its steps
-    signal: jax.Array  # that some process has heard, or 0
+    asked: jax.Array  # the signal that some process has heard, or SAVE, or 0
 
 
 class Result(NamedTuple):
@@ -90,14 +91,16 @@ def train(config: Config, splits: Splits) -> Result:
             for i in np.flatnonzero(~np.isfinite(losses)):
                 raise NotFiniteError("The loss", int(output.step) - len(losses) + int(i) + 1, workdir)
             bar.advance(task, len(losses) * batch_size)
-            return int(output.signal)
+            return int(output.asked)
 
-        for epoch in range(step // epoch_steps, recipe.epochs):
+        while step < total_steps:
+            epoch, begun = step // epoch_steps, time.monotonic()
             order = shuffled(jax.random.fold_in(order_key, epoch), len(data[1]), shape)
             outputs: list[Output] = []
             stop = 0
             for dispatch in range(step // steps % dispatches, dispatches):
-                state, output = run(state, data, order[dispatch], step_key, spread(signal(), mesh))
+                asked = signal() or (SAVE if time.monotonic() - begun > SAVE_EVERY else 0)
+                state, output = run(state, data, order[dispatch], step_key, spread(asked, mesh))
                 step += steps
                 outputs.append(output)
                 if len(outputs) > 1:  # the device has its next work, so it need not wait while this is fetched
@@ -114,13 +117,13 @@ def train(config: Config, splits: Splits) -> Result:
                 row = {"epoch": epoch + 1, "step": step, "train_loss": float(state.loss) / epoch_steps}
                 history.append({**row, "test_loss": test_loss, "test_accuracy": accuracy})
                 write_metrics(workdir, history)
-                stop = stop or int(spread(signal(), mesh).max())  # after the last epoch no dispatch would tell
+                stop = int(spread(signal(), mesh).max()) or stop  # after the last epoch no dispatch would tell
                 say(
                     f"epoch {epoch + 1:2}/{recipe.epochs}   loss {row['train_loss']:.4f}   "
                     f"test accuracy {accuracy:.2%}   {time.perf_counter() - start:.0f} s"
                 )
             checkpoints.save(saved, step, history, as_items(state))
-            if stop:
+            if stop not in (0, SAVE):
                 raise StoppedError(stop, step, workdir)
     return Result(state.average, history[-1]["test_accuracy"], history)
 
@@ -172,7 +175,7 @@ Run = Callable[[State, Data, jax.Array, jax.Array, jax.Array], tuple[State, Outp
 def make_run(
     model: Model, optimizer: optax.GradientTransformation, recipe: Recipe, mesh: Mesh, epoch_steps: int
 ) -> Run:
-    """Compile many steps into one program, `run(state, data, indices, key, signals)`.
+    """Compile many steps into one program, `run(state, data, indices, key, asked)`.
 
     `indices` (steps, batch) says which examples each step sees. Each device computes with its part of every batch;
     the loss is the mean over the whole batch, and the compiler adds what the devices must tell each other.
@@ -184,7 +187,7 @@ def make_run(
         return losses.mean(), nnx.state(network, nnx.BatchStat)
 
     @partial(jax.jit, donate_argnums=0, out_shardings=whole(mesh))
-    def run(state: State, data: Data, indices: jax.Array, key: jax.Array, signals: jax.Array) -> tuple[State, Output]:
+    def run(state: State, data: Data, indices: jax.Array, key: jax.Array, asked: jax.Array) -> tuple[State, Output]:
         images, labels = data
 
         def step(state: State, batch: jax.Array) -> tuple[State, jax.Array]:
@@ -201,7 +204,7 @@ def make_run(
             return State(state.step + 1, total, params, optimizer_state, average), loss
 
         state, losses = jax.lax.scan(step, state, indices)
-        return state, Output(state.step, losses, signals.max())
+        return state, Output(state.step, losses, asked.max())
 
     return run
 

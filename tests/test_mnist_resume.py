@@ -132,6 +132,30 @@ def test_a_signal_saves_and_says_how_to_go_on(number, tmp_path, uninterrupted, c
     assert_same_end(workdir, start(workdir, "never", cache), uninterrupted)
 
 
+@pytest.mark.more
+def test_a_run_saves_inside_an_epoch_and_goes_on_from_there(tmp_path, monkeypatch):
+    monkeypatch.setattr(training, "LONGEST_DISPATCH", 4)  # five dispatches an epoch
+    config = Config(epochs=2, batch_size=25, workdir=tmp_path / "undisturbed")
+    undisturbed = training.train(config, splits())
+    assert checkpoint_steps(config.workdir) == [20, 40]
+    save, config = checkpoints.save, Config(epochs=2, batch_size=25, workdir=tmp_path / "run")
+
+    def save_and_die(manager, step, *what):
+        save(manager, step, *what)
+        if step == 28:
+            raise RuntimeError("died")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "SAVE_EVERY", 0.0)
+        patch.setattr(checkpoints, "save", save_and_die)
+        with pytest.raises(RuntimeError, match="died"):
+            training.train(config, splits())
+    assert checkpoint_steps(config.workdir) == [20, 28]
+    resumed = training.train(config, splits())
+    assert training.fingerprint(resumed.params) == training.fingerprint(undisturbed.params)
+    assert metrics(config.workdir) == metrics(tmp_path / "undisturbed")
+
+
 # What stops a run
 
 
