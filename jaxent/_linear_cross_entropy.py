@@ -431,7 +431,9 @@ def _directional(
 
     def transposed(*values: Array) -> tuple[Array, ...]:
         known, c = jax.tree.unflatten(structure, values[:count]), values[-1]
-        gradients = _losses_and_gradients(options, wanted, known, c, _live(c) if weighted else None)[1]
+        # All parts of the classes have the same cotangents, but types say that they may differ.
+        live = options.classes.total((c != 0.0).astype(jnp.int32)) > 0 if weighted else None
+        gradients = _losses_and_gradients(options, wanted, known, c, live)[1]
         return tuple(g.astype(dtype) for g, dtype in zip(jax.tree.leaves(gradients), dtypes, strict=True))
 
     return linear(along, transposed, tuple(leaves), *direction)

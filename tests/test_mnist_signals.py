@@ -34,6 +34,8 @@ def started(*arguments, folder=ROOT, **pipes):
     path = os.pathsep.join([str(folder), str(ROOT)])
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **pipes}
     command = [sys.executable, *map(str, arguments)]
+    # Even where the tests themselves run under nohup.
+    pipes["preexec_fn"] = lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL)
     with subprocess.Popen(command, env=os.environ | {"PYTHONPATH": path}, text=True, **pipes) as process:
         try:
             yield process
