@@ -276,7 +276,7 @@ def mixture(
     a = a if target.weight is None else a * target.weight
     if uniform is None or (weight is None and where is None):
         return Mixture(target.label, Factors(a, jnp.asarray(smoothing, dtype) if smoothing else None, z), None, None)
-    q = scale_classes(jnp.broadcast_to(uniform, x.shape), weight, axis)
+    q = scale_classes(uniform if uniform.ndim else jnp.full_like(x, uniform, dtype), weight, axis)
     return Mixture(target.label, Factors(a, None, z), q, target.label >= 0)
 
 

@@ -47,7 +47,7 @@ class Factors(NamedTuple):
     def rows(self, like: Label) -> tuple[Row, ...]:
         """As kernels want them: a number for each row."""
         dtype = next(x.dtype for x in self if x is not None)
-        return tuple(jnp.broadcast_to(jnp.zeros((), dtype) if x is None else x, like.shape) for x in self)
+        return tuple(jnp.zeros_like(like, dtype) if x is None else jnp.broadcast_to(x, like.shape) for x in self)
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
