@@ -1,6 +1,7 @@
 """The commands on pictures: what is made of them against MNIST's own images, what is printed, what is refused."""
 
 import json
+import os
 import re
 import shutil
 from contextlib import redirect_stdout
@@ -16,9 +17,10 @@ pytest.importorskip("matplotlib")
 
 import matplotlib
 from PIL import Image, ImageDraw, ImageFont
+from scipy import ndimage
 
 import train_mnist
-from mnist import data, predict
+from mnist import data, pictures
 from mnist.datasets import DATASETS, FASHION_MNIST, MNIST
 from mnist.idx import Digits
 
@@ -40,7 +42,7 @@ def render(image, path, size=28, dark_on_light=False, mode="L", margin=(0, 0), *
 
 
 def prepared(path, box=20):
-    return predict.prepared(predict.read(path), box, path)
+    return pictures.prepared(pictures.read(path), box, path)
 
 
 def likeness(a, b):
@@ -75,7 +77,8 @@ def test_an_mnist_digit_without_faint_pixels_stays_as_it_is(tmp_path):
     for i in CHOSEN:
         image = np.where(DIGITS.images[i] > 40, DIGITS.images[i], 0)
         rows, columns = (np.flatnonzero(image.any((axis, 2))) for axis in (1, 0))
-        if max(np.ptp(rows), np.ptp(columns)) == 19 and image.max() == 255:  # it still is 20 pixels long
+        whole = ndimage.label(image, np.ones((3, 3, 3)))[1] == 1  # no speck, which would be left out
+        if whole and max(np.ptp(rows), np.ptp(columns)) == 19 and image.max() == 255:  # it still is 20 pixels long
             got = prepared(render(image, tmp_path / "same.png", margin=(5, 2)))
             count += 1
             shifts = {
@@ -130,6 +133,46 @@ def test_a_picture_that_lies_on_its_side_is_turned_as_its_exif_says(tmp_path):
     exif[0x0112] = 6  # a quarter turn clockwise is needed
     picture.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "side.jpg", exif=exif, quality=95)
     assert likeness(prepared(tmp_path / "side.jpg"), prepared(tmp_path / "up.png")) > 0.99
+
+
+def photograph(name, i):
+    """Return one of MNIST's images as a dark digit (height, width) on paper in [0, 1], under bad conditions."""
+    rng = np.random.default_rng(i)
+    digit = np.asarray(Image.fromarray(DIGITS.images[i][..., 0]).resize((84, 84), Image.Resampling.BICUBIC)) / 255
+    if name == "tight":
+        return 0.95 - 0.85 * digit[np.ix_(*((digit > 0.2).any(axis) for axis in (1, 0)))]
+    ink = np.zeros((126, 140))
+    top, left = rng.integers(10, 32), rng.integers(10, 46)
+    ink[top : top + 84, left : left + 84] = digit
+    if "frame" in name:
+        inset, width = int(name.split()[-1]), 2
+        inner = slice(inset + width, -inset - width)
+        framed = np.pad(np.zeros_like(ink[inner, inner]), width, constant_values=1.0)
+        ink = np.maximum(ink, np.pad(framed, inset))
+    y, x = np.mgrid[-1:1:126j, -1:1:140j]
+    angle, light = rng.uniform(0, 2 * np.pi), 1.0
+    if "sun" in name:
+        light = 0.65 + 0.35 * (np.cos(angle) * x + np.sin(angle) * y) / np.sqrt(2)
+    if "lamp" in name:
+        light = 1 - 0.2 * ((x - np.cos(angle) / 2) ** 2 + (y - np.sin(angle) / 2) ** 2)
+    noise = rng.normal(0, 0.05, ink.shape) if "noise" in name else 0.0
+    if "neighbour" in name:
+        ink[-14:] = np.maximum(ink[-14:], np.pad(digit[20:34], ((0, 0), (28, 28))))  # a digit that is cut off
+    return (0.95 - 0.85 * ink) * light + noise
+
+
+CONDITIONS = ["sun", "lamp", "frame 5", "frame 0", "noise", "tight", "neighbour", "sun, noise, frame 4"]
+
+
+@pytest.mark.parametrize("name", CONDITIONS)
+def test_a_photograph_of_an_mnist_digit_becomes_that_digit_again(name, tmp_path):
+    likenesses = []
+    for i in CHOSEN[::2]:
+        grey = np.rint(255 * photograph(name, i).clip(0, 1)).astype(np.uint8)
+        Image.fromarray(grey).save(tmp_path / "x.jpg", quality=90)
+        likenesses.append(likeness(prepared(tmp_path / "x.jpg"), DIGITS.images[i]))
+    assert np.median(likenesses) > 0.94
+    assert np.quantile(likenesses, 0.1) > 0.85
 
 
 # With a network that a run has trained
@@ -271,16 +314,28 @@ def whiten(path):
         (whiten, "is blank"),
         (lambda path: path.write_bytes(b""), "is no picture that can be read"),
         (lambda path: (path.unlink(), path.mkdir()), "is no picture that can be read: Is a directory"),
+        (lambda path: (path.unlink(), os.mkfifo(path)), "is no file but a pipe"),
+        (lambda path: Image.new("1", (11000, 11000)).save(path), "has more than 89 megapixels"),
     ],
 )
 def test_what_is_no_picture_gets_one_sentence(spoil, message, workdir, tmp_path, capsys):
+    """And the others are predicted."""
     good, bad = (render(DIGITS.images[0], tmp_path / name, 200) for name in ("good.png", "bad.png"))
     spoil(bad)
-    status, out, err = command("predict", "--workdir", workdir, good, bad, capsys=capsys)
-    assert (status, out) == (1, "")
+    status, out, err = command("predict", "--workdir", workdir, bad, good, capsys=capsys)
+    assert status == 1
+    assert out.startswith(f"{good}: 7 ")
+    assert out.count("\n") == 1
     assert is_one_sentence(err)
     assert message in err
     assert str(bad) in err
+
+
+def test_each_bad_picture_gets_its_own_sentence(workdir, tmp_path, capsys):
+    bad = [tmp_path / name for name in ("a.png", "b.png")]
+    status, out, err = command("predict", "--workdir", workdir, *bad, capsys=capsys)
+    assert (status, out) == (1, "")
+    assert err == "".join(f"There is no file {path}.\n" for path in bad)
 
 
 @pytest.mark.parametrize("name", ["x.png", "x.jpg"])
@@ -295,7 +350,7 @@ def test_damaged_pictures_never_end_in_a_traceback(name, tmp_path):
         (tmp_path / name).write_bytes(damaged)
         try:
             prepared(tmp_path / name)
-        except predict.PictureError as error:
+        except pictures.PictureError as error:
             refused.append(f"{error}\n")
     assert len(refused) > 20
     assert all(map(is_one_sentence, refused))
@@ -351,5 +406,5 @@ def test_an_unknown_command_gets_one_sentence(capsys):
 
 
 def test_boxes_are_within_the_image():
-    assert {dataset.box for dataset in DATASETS.values()} <= set(range(1, predict.SIDE + 1))
+    assert {dataset.box for dataset in DATASETS.values()} <= set(range(1, pictures.SIDE + 1))
     assert MNIST.box == 20
