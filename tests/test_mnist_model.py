@@ -13,19 +13,43 @@ pytest.importorskip("flax")
 
 from flax import nnx
 
-from mnist.model import DEEP, NETWORKS, SMALL, Cnn, Committee, max_pool, patches
+from mnist.model import DEEP, NETWORKS, SMALL, Cnn, Committee, Layer, convolution, max_pool, padded, product
 
 
-@pytest.mark.more(one_in=5)
+@pytest.mark.more(one_in=4)
+@pytest.mark.parametrize("layers", [layers for members in NETWORKS.values() for layers in members])
+def test_networks_for_cpus_and_for_accelerators_are_the_same(layers, monkeypatch):
+    """The same parameters give the same logits and gradients, whichever way the machine takes."""
+    images = np.random.default_rng(0).integers(0, 256, (8, 28, 28, 1), np.uint8)
+    model, params, others = nnx.split(Cnn(nnx.Rngs(0), layers), nnx.Param, ...)
+
+    def loss(params):
+        logits = nnx.merge(model, params, others, copy=True)(images, jax.random.key(0)).astype(jnp.float32)
+        return -jax.nn.log_softmax(logits)[:, 3].mean(), logits
+
+    def accelerators(*args, cpu, default):
+        del cpu
+        return default(*args)
+
+    (_, logits), grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
+    monkeypatch.setattr(jax.lax, "platform_dependent", accelerators)
+    (_, logits_there), grads_there = jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
+    np.testing.assert_allclose(logits, logits_there, atol=1e-4)
+    for here, there in zip(jax.tree.leaves(grads), jax.tree.leaves(grads_there), strict=True):
+        np.testing.assert_allclose(here, there, atol=1e-4 * float(jnp.abs(there).max()))
+
+
+@pytest.mark.more(one_in=10)
 @pytest.mark.parametrize("channels", [1, 5])
 @pytest.mark.parametrize("extent", [7, 14])
 @pytest.mark.parametrize(("size", "stride"), [(3, 1), (3, 2), (4, 2), (5, 2)])
-def test_convolutions_and_their_gradients_equal_xlas(size, stride, extent, channels):
+@pytest.mark.parametrize("way", [product, convolution])
+def test_convolutions_and_their_gradients_equal_xlas(way, size, stride, extent, channels):
     kernel = jax.random.normal(jax.random.key(0), (size * size * channels, 6)) / size
     x = jax.random.normal(jax.random.key(1), (3, extent, extent, channels))
 
     def ours(x: jax.Array, kernel: jax.Array) -> jax.Array:
-        return patches(x, size, stride) @ kernel
+        return way(Layer(6, size, stride), padded(x, size, stride), kernel)
 
     def xlas(x: jax.Array, kernel: jax.Array) -> jax.Array:
         kernel = kernel.reshape(size, size, channels, 6)

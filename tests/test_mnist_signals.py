@@ -28,14 +28,20 @@ def compute():
 """
 
 
+@pytest.fixture(autouse=True)
+def no_nohup():
+    """A signal that is ignored when the tests are started is ignored by processes that they start."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
 @contextmanager
 def started(*arguments, folder=ROOT, **pipes):
     """Yield a process that has printed its first line, and end it however the test ends."""
     path = os.pathsep.join([str(folder), str(ROOT)])
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **pipes}
     command = [sys.executable, *map(str, arguments)]
-    # Even where the tests themselves run under nohup.
-    pipes["preexec_fn"] = lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL)
     with subprocess.Popen(command, env=os.environ | {"PYTHONPATH": path}, text=True, **pipes) as process:
         try:
             yield process
