@@ -1,7 +1,8 @@
 """How many cases run, settings of hypothesis, and implementations.
 
 `pytest` runs every kind of test, `pytest --all` every case, and `pytest --rest` what the first leaves out of the
-second. Marked are tests that repeat with more cases, train for long, or compile for many shapes:
+second; with `--minutes 10`, what has not begun after ten minutes is skipped. Marked are tests that repeat with more
+cases, train for long, or compile for many shapes:
 
     @pytest.mark.more               not by default
     @pytest.mark.more(one_in=5)     by default the first of every five cases
@@ -14,6 +15,7 @@ import functools
 import importlib
 import itertools
 import os
+import time
 from collections import defaultdict
 
 import jax
@@ -34,6 +36,7 @@ settings.register_profile("nightly", _COMMON, max_examples=500)
 def pytest_addoption(parser):
     parser.addoption("--all", action="store_true", help="run all cases of all tests")
     parser.addoption("--rest", action="store_true", help="run what --all would and the default would not")
+    parser.addoption("--minutes", type=float, default=float("inf"), help="skip what has not begun by then")
 
 
 def pytest_configure(config):
@@ -41,6 +44,15 @@ def pytest_configure(config):
     by_default = "all" if config.option.all or config.option.rest else "few"
     asked = config.getoption("--hypothesis-profile") or os.environ.get("HYPOTHESIS_PROFILE")
     settings.load_profile(asked or by_default)
+
+
+_STARTED = time.monotonic()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item):
+    if time.monotonic() - _STARTED > 60 * item.config.option.minutes:
+        pytest.skip("the time is up")
 
 
 def pytest_collection_modifyitems(config, items):

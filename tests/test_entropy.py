@@ -46,6 +46,7 @@ def test_hessian(classes, mode):
     assert error(got, np.stack([_exact.entropy_hessian(row) for row in x])) <= 1e-5
 
 
+@pytest.mark.more
 def test_third_derivatives_and_loops():
     """Of torch's `Categorical`; rules are not forgotten in the loops of a first derivative."""
     x = np.random.default_rng(0).standard_normal((3, 4))

@@ -110,6 +110,7 @@ def test_a_batch_that_devices_cannot_share_is_refused(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.more
 def test_bfloat16_computes_with_float32_parameters(tmp_path, alone):
     config = Config(**RUN, workdir=tmp_path / "run", dtype="bfloat16")
     result = training.train(config, {"train": stripes(500, 0), "test": stripes(100, 1)})

@@ -71,6 +71,7 @@ def test_pooling_equals_reduce_window():
     np.testing.assert_array_equal(max_pool(x), wanted)
 
 
+@pytest.mark.more(one_in=2)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_parameters_are_float32_and_only_dropout_is_random(dtype):
     model = Cnn(nnx.Rngs(0), SMALL, dtype)
@@ -114,7 +115,7 @@ def set_to(tensor, array):
         tensor.copy_(torch.tensor(np.asarray(array)))
 
 
-@pytest.mark.more(one_in=2)
+@pytest.mark.more(one_in=4)
 @pytest.mark.parametrize("layers", [layers for members in NETWORKS.values() for layers in members])
 def test_the_network_equals_torchs_layers(layers):
     torch = pytest.importorskip("torch")

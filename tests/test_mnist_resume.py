@@ -375,6 +375,7 @@ def test_a_configuration_that_was_cut_or_changed_never_ends_in_a_traceback(unint
     assert refused > len(damaged) / 2
 
 
+@pytest.mark.more(one_in=2)
 @pytest.mark.parametrize(
     ("bad_update", "message"),
     [(30, "The loss is not finite at step 32, "), (39, "A parameter is not finite at step 40, ")],
@@ -421,7 +422,7 @@ def cut(path: Path) -> None:
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
-@pytest.mark.more(one_in=3)
+@pytest.mark.more
 @pytest.mark.parametrize("damage", [flip, cut, Path.unlink])
 def test_a_damaged_checkpoint_is_never_believed(damage, tmp_path, capsys):
     """Damage each file in turn: either it matters not, or the checkpoint before is taken, and that is said."""
@@ -499,6 +500,7 @@ sys.exit(train_mnist.main(["--epochs", "3", "--batch-size", "100", "--workdir", 
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs a limit on the size of files")
+@pytest.mark.more(one_in=2)
 @pytest.mark.parametrize(("limit", "what"), [(100, "config.json"), (100_000, "checkpoints")])
 def test_a_full_disk_gets_one_sentence(limit, what, tmp_path):
     """No file can grow beyond the limit: the command says nothing else, and leaves no part of a file."""

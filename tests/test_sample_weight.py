@@ -123,7 +123,7 @@ def test_values_and_gradients(name, labels, reduction, implementation):
     compare(name, labels, CLASS_WEIGHT, reduction, {}, implementation, hessian=False)
 
 
-@pytest.mark.more(one_in=5)
+@pytest.mark.more(one_in=7)
 @pytest.mark.parametrize("name", ["cross_entropy", "linear_cross_entropy"])
 @LABELS
 @pytest.mark.parametrize("reduction", ["none", "mean"])
@@ -133,7 +133,7 @@ def test_hessians(name, labels, reduction, weight):
     compare(name, labels, weight, reduction, {"label_smoothing": 0.1}, None, hessian=True)
 
 
-@pytest.mark.more(one_in=5)
+@pytest.mark.more(one_in=11)
 @NAMES
 @LABELS
 @REDUCTIONS

@@ -87,6 +87,7 @@ def _run_two_processes(directory, timeout):
     return statuses, "\n".join(log.read_text() for log in logs)
 
 
+@pytest.mark.more
 def test_two_processes(tmp_path):
     statuses, output = _run_two_processes(tmp_path, timeout=300)
     if _two_processes.NO_GLOO in statuses:

@@ -276,6 +276,7 @@ def test_float32_is_computed_in_float32_under_x64(classes):
             assert "f64[3" not in jaxpr  # scalars aside, which Python's numbers are at first
 
 
+@pytest.mark.more
 def test_third_derivatives():
     # Directly against exact arithmetic, at a margin where 1 - p is far below the float's resolution of p.
     for logits in ([20.0, 0.0, 1.0], [0.3, -1.0, 2.0]):
@@ -402,7 +403,7 @@ def test_export_of_symbolic_shapes(name, dtype):
 def test_rank_promotion_may_raise(x):
     with jax.numpy_rank_promotion("raise"):
         for f in CASES.values():
-            jax.block_until_ready(jax.value_and_grad(lambda x, f=f: f(x).sum())(x))
+            jax.jit(jax.value_and_grad(lambda x, f=f: f(x).sum())).lower(x)
         w = jnp.asarray(WEIGHT, x.dtype)
         for labels in (LABELS, TARGETS.astype(np.float32)):
             for options in ({}, {"label_smoothing": 0.1, "z_loss": 0.1, "softcap": 5.0}):
@@ -410,7 +411,7 @@ def test_rank_promotion_may_raise(x):
                 def fused(hidden, kernel, bias, labels=labels, options=options):
                     return jaxent.linear_cross_entropy(hidden, kernel, labels, bias=bias, weight=w, **options)
 
-                jax.block_until_ready(jax.grad(fused, (0, 1, 2))(jnp.ones((N, 3)), jnp.ones((3, C)), jnp.ones(C)))
+                jax.jit(jax.grad(fused, (0, 1, 2))).lower(jnp.ones((N, 3)), jnp.ones((3, C)), jnp.ones(C))
 
 
 @pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
@@ -491,6 +492,7 @@ def test_an_ignored_row_adds_nothing_to_any_derivative(options, bad):
     assert all(jnp.all(a[N] == 0) for a in jax.tree.leaves(got) if a.ndim == 2)
 
 
+@pytest.mark.more(one_in=2)
 @pytest.mark.parametrize("reduction", ["none", "mean"])
 def test_no_tracers_leak(reduction):
     with jax.checking_leaks():
