@@ -53,4 +53,11 @@ def test_the_default_and_the_rest_are_all(chosen):
 
 def test_ci_runs_readmes_command_and_the_rest():
     script = (Path(__file__).parent.parent / ".ci" / "run").read_text()
-    assert re.search(r'^eval "\$command"\npytest --rest$', script, re.MULTILINE)
+    assert re.search(r'^eval "\$command"$.*^  pytest --rest --minutes "\$minutes"$', script, re.MULTILINE | re.DOTALL)
+
+
+@pytest.mark.parametrize(("minutes", "outcome"), [("0", "skipped"), ("60", "passed")])
+def test_what_has_not_begun_in_time_is_skipped(minutes, outcome, pytester):
+    pytester.makeconftest((Path(__file__).parent / "conftest.py").read_text())
+    pytester.makepyfile(test_it="def test_plain(): pass")
+    pytester.runpytest_subprocess("--minutes", minutes).assert_outcomes(**{outcome: 1})
