@@ -212,8 +212,8 @@ inline V entry(V e, V t, const Coefficients& c) {
 
 // Classes along the lanes. They lie side by side and are at least W.
 
-constexpr int64_t kRun = 16 * W;    // few enough to be added one after the other
-constexpr int64_t kBlock = 1024;      // floats in a first-level cache
+constexpr int64_t kRun = 16 * W;  // few enough to be added one after the other
+constexpr int64_t kBlock = 1024;  // floats in a first-level cache
 
 // The next block of a row that ends at `end`: none is shorter than a vector.
 inline int64_t block(int64_t start, int64_t end) { return end - start <= 2 * kBlock ? end - start : kBlock; }
