@@ -1,5 +1,6 @@
 """Pictures of a digit, made into images as MNIST's are."""
 
+import os
 import warnings
 from pathlib import Path
 from typing import cast
@@ -32,16 +33,14 @@ class PictureError(UserError):
 
 def read(path: Path) -> Floats:
     """Decode a picture into colours (height, width, 3) in [0, 1]; transparent parts become paper."""
+    if os.path.exists(path) and not (os.path.isfile(path) or os.path.isdir(path)):
+        raise PictureError(f"{path} is no file but a pipe or a device, for which one could wait forever.")
     try:
-        if path.exists() and not (path.is_file() or path.is_dir()):
-            raise PictureError(f"{path} is no file but a pipe or a device, for which one could wait forever.")
         with warnings.catch_warnings():  # Pillow's, which mean nothing to who sees them
             warnings.simplefilter("ignore")
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(path) as file:
                 image = as_rgba(ImageOps.exif_transpose(file))
-    except PictureError:
-        raise
     except FileNotFoundError:
         raise PictureError(f"There is no file {path}.") from None
     except (Image.DecompressionBombWarning, Image.DecompressionBombError):

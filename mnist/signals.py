@@ -5,7 +5,6 @@ of computing. So the system only wakes up a thread, which answers at once, whate
 """
 
 import os
-import select
 import signal
 import socket
 import sys
@@ -105,8 +104,5 @@ def cleaned() -> AbstractContextManager[Callable[[], int]]:
 def silence(descriptors: list[int]) -> None:
     """Once a terminal is closed, writing to it is an error: send what is still said there to nowhere."""
     for descriptor in descriptors:
-        end = select.poll()
-        end.register(descriptor, 0)
-        end.poll(100)  # ms: the signal comes a moment before it
         if not os.isatty(descriptor):
             os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)

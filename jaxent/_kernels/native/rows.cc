@@ -215,6 +215,17 @@ inline V entry(V e, V t, const Coefficients& c) {
 constexpr int64_t kRun = 16 * W;  // few enough to be added one after the other
 constexpr int64_t kBlock = 1024;  // floats in a first-level cache
 
+// Add vectors at 0, W, ... below `whole`, each run of them apart, as a sum of many loses to rounding.
+template <typename AddTo>
+inline void in_runs(State& s, int64_t whole, const AddTo& add_to) {
+  for (int64_t begin = 0; begin < whole; begin += kRun) {
+    State run;
+    run.m = s.m;
+    for (int64_t i = begin; i < std::min(whole, begin + kRun); i += W) add_to(run, i);
+    merge(s, run);
+  }
+}
+
 // The next block of a row that ends at `end`: none is shorter than a vector.
 inline int64_t block(int64_t start, int64_t end) { return end - start <= 2 * kBlock ? end - start : kBlock; }
 
@@ -246,21 +257,12 @@ void accumulate_block(State& s, const float* x, const float* t, int64_t n, int64
 
   const auto tangent = [&](int64_t i) { return is_label(f) ? all(1.0f) : has_tangents(f) ? load(t + i) : V{}; };
   if (is_label(f) && 0 <= label && label < n) {
-    for (int64_t begin = 0; begin < whole; begin += kRun) {
-      State run;
-      run.m = b.m;
-      for (i = begin; i < whole && i < begin + kRun; i += W)
-        add<f, true>(run, load(x + i), tangent(i), iota() + (int)i == (int)label);
-      merge(b, run);
-    }
+    in_runs(b, whole, [&](State& run, int64_t i) {
+      add<f, true>(run, load(x + i), tangent(i), iota() + (int)i == (int)label);
+    });
     if (whole < n) add<f, true>(b, last, rest ? tangent(n - W) : V{}, iota() + (int)(n - W) == (int)label);
   } else {
-    for (int64_t begin = 0; begin < whole; begin += kRun) {
-      State run;
-      run.m = b.m;
-      for (i = begin; i < whole && i < begin + kRun; i += W) add<f>(run, load(x + i), tangent(i), I{});
-      merge(b, run);
-    }
+    in_runs(b, whole, [&](State& run, int64_t i) { add<f>(run, load(x + i), tangent(i), I{}); });
     if (whole < n) add<f>(b, last, rest ? tangent(n - W) : V{}, I{});
   }
   merge(s, b);
@@ -426,15 +428,11 @@ void along_short(const Call& call, int64_t begin, int64_t end) {
       I from_label = iota() - (is_label(f) ? call.label[first + k] : -1);
       State s;
       s.m = all(m[k]);
-      for (int64_t begin = 0; begin < whole; begin += kRun) {
-        State run;
-        run.m = s.m;
-        for (int64_t i = begin; i < whole && i < begin + kRun; i += W, from_label += W) {
-          const V ex = add<f, true>(run, load(x + i), tangent(i), from_label == 0);
-          if (writes(f) && f != Function::log_softmax) store(e + k * classes + i, ex);
-        }
-        merge(s, run);
-      }
+      in_runs(s, whole, [&](State& run, int64_t i) {
+        const V ex = add<f, true>(run, load(x + i), tangent(i), from_label == 0);
+        if (writes(f) && f != Function::log_softmax) store(e + k * classes + i, ex);
+        from_label += W;
+      });
       if (whole < classes) {
         const int64_t i = classes - W;
         const V last = load(x + i);
