@@ -105,7 +105,7 @@ def draw(errors, path):
     from matplotlib import pyplot as plt
 
     plt.rcParams.update({"font.size": 9})
-    figure, axes = plt.subplots(3, 2, figsize=(7, 8), sharex=True, sharey=True, layout="constrained")
+    figure, axes = plt.subplots(3, 2, figsize=(5, 7), sharex=True, sharey=True, layout="constrained")
     styles = {"jaxent": "C0D-", "torch": "C1o-", "jax.nn": "C2x-", "optax": "C3+-", "SciPy": "C4s-"}
     for column, (dtype, of_dtype) in zip(axes.T, errors.items(), strict=True):
         for axis, quantity in zip(column, QUANTITIES, strict=True):
@@ -115,10 +115,10 @@ def draw(errors, path):
             axis.axhline(float(jnp.finfo(dtype).eps), color="gray", linestyle=":", linewidth=1)
             axis.set_title(f"{quantity}, {dtype}")
             axis.set_ylim(1e-8, 30)
-    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=len(styles))
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=3)
     figure.supxlabel("margin: by how much the label's logit leads")
     figure.supylabel("worst relative error (dotted: the dtype's epsilon)")
-    figure.savefig(path, dpi=130)
+    figure.savefig(path, dpi=150)
 
 
 def main():

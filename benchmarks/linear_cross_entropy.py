@@ -1,6 +1,6 @@
 """Time and memory of linear_cross_entropy with its gradients, against unfused forms and other libraries.
 
-    python benchmarks/linear_cross_entropy.py [--sweep] [--rounds 15] [--seconds 60] [--json FILE] [--picture FILE]
+    python benchmarks/linear_cross_entropy.py [--sweep] [--rounds 15] [--seconds 60] [--json FILE]
 
 Each call computes the loss and its gradients with respect to hidden (tokens N, features D) and kernel (D, classes C)
 in float32. `_runner.py` says how is measured. Among the contestants is a plain large matrix product, which measures
@@ -34,7 +34,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import torch
-from _runner import Call, blocking, draw, jitted, machine, measure, write_json
+from _runner import Call, blocking, jitted, machine, measure, write_json
 
 import jaxent
 
@@ -216,7 +216,6 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=15, help="at most, for each case")
     parser.add_argument("--seconds", type=float, default=60.0, help="at most, for each case beyond two rounds")
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--picture", type=Path)
     args = parser.parse_args()
 
     print(", ".join(f"{key} {value}" for key, value in machine("optax", "torch").items()))
@@ -240,9 +239,6 @@ def main() -> None:
     print(f"rounds, row by row: {', '.join(rounds)}")
     if args.json:
         write_json(args.json, {"machine": machine("optax", "torch"), "rows": results})
-    if args.picture:
-        rows = [("{name}, {tokens} x {features} x {classes}".format(**r["case"]), r["ratio"]) for r in results]
-        draw(args.picture, "Time of linear_cross_entropy with its gradients", {"float32": rows})
     raise SystemExit(status)
 
 

@@ -1,6 +1,6 @@
 """Time softmax, log_softmax, nll and cross_entropy, forward and with gradient, against other libraries.
 
-    python benchmarks/losses.py speed [--rounds 30] [--seconds 1.5] [--json FILE] [--picture FILE]
+    python benchmarks/losses.py speed [--rounds 30] [--seconds 1.5] [--json FILE]
     python benchmarks/losses.py eager ...      # calls outside of jit on (128, 10), against jitted peers
     python benchmarks/losses.py compile ...    # seconds until the first value and gradient
 
@@ -29,7 +29,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import torch
-from _runner import Call, Measured, blocking, draw, jitted, machine, measure, quartiles, write_json
+from _runner import Call, Measured, blocking, jitted, machine, measure, quartiles, write_json
 
 import jaxent
 
@@ -252,15 +252,6 @@ def speed(args: argparse.Namespace) -> None:
             {**c._asdict(), **m._asdict(), "compile_seconds": s} for (c, m), s in zip(rows, compiling, strict=True)
         ]
         write_json(args.json, {"machine": machine("optax", "torch"), "rows": content})
-    if args.picture:
-        panels = {
-            f"{work}, {dtype}": [
-                (f"{c.job} {c.shape}", m.ratio) for c, m in rows if (c.work, c.dtype) == (work, dtype)
-            ]
-            for dtype in args.dtypes
-            for work in WORKS
-        }
-        draw(args.picture, "Time against that of jaxent, which is faster where it is above 1", panels)
 
 
 def summary(rows: list[tuple[Cell, Measured]]) -> str:
@@ -319,16 +310,13 @@ def eager(args: argparse.Namespace) -> None:
         low, middle, high = measured.ratio["jaxent"]
         cells = f"{1e3 * measured.ms['jaxent'][1]:8.0f} {middle:12.2f} ({low:.2f}-{high:.2f}) of {peer}"
         print(f"{job:>23} {cells}", flush=True)
-    write_calls(args, rows, "Calls outside of jit on (128, 10)")
+    write_calls(args, rows)
 
 
-def write_calls(args: argparse.Namespace, rows: list[dict[str, Any]], title: str) -> None:
-    """A table of single calls as JSON and as a picture, as asked for."""
+def write_calls(args: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
+    """A table of single calls as JSON, if asked for."""
     if args.json:
         write_json(args.json, {"machine": machine("optax"), "rows": rows})
-    if args.picture:
-        ratios = [(f"{row['job']} / {row['peer']}", {"jaxent": row["ratio"]}) for row in rows]
-        draw(args.picture, title, {"float32": ratios}, of="time of jaxent / time of the peer")
 
 
 def compile_times(args: argparse.Namespace) -> None:
@@ -353,7 +341,7 @@ def compile_times(args: argparse.Namespace) -> None:
         low, middle, high = ratio
         cells = f"{statistics.median(seconds['jaxent']):8.3f} {middle:12.2f} ({low:.2f}-{high:.2f}) of {peer}"
         print(f"{job:>23} {cells}", flush=True)
-    write_calls(args, rows, "Compiling value_and_grad for (1024, 1000)")
+    write_calls(args, rows)
 
 
 def shapes(text: str) -> list[tuple[int, int]]:
@@ -363,7 +351,7 @@ def shapes(text: str) -> list[tuple[int, int]]:
 
 
 def main() -> None:
-    """Print a table and, on request, write it as JSON and as a picture."""
+    """Print a table and, on request, write it as JSON."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("table", choices=TABLES)
     parser.add_argument("--rounds", type=int, default=30, help="at most, for each cell")
@@ -373,7 +361,6 @@ def main() -> None:
     parser.add_argument("--only", help="cells whose name contains this")
     parser.add_argument("--pause", action="store_true", help="wait for Enter between compiling and measuring")
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--picture", type=Path, help="a file to draw the table to")
     args = parser.parse_args()
     print(", ".join(f"{key} {value}" for key, value in machine("optax", "torch").items()))
     TABLES[args.table](args)

@@ -244,7 +244,7 @@ def compare(
     output: Path = Path("train_lm.json"),
     picture: Path = Path("train_lm.png"),
 ) -> None:
-    """Train with every loss from the same start on the same batches, and draw the losses, the bytes and the seconds.
+    """Train with every loss from the same start on the same batches, draw the losses, and print a table.
 
     Args:
         config: the runs.
@@ -285,13 +285,13 @@ def table(runs: dict[str, dict[str, Any]]) -> str:
 
 
 def draw(config: Config, runs: dict[str, dict[str, Any]], picture: Path) -> None:
-    """Draw the losses over each other, how far each is from the unfused one's, and bars of memory and time."""
+    """Draw the losses over each other, and how far each is from the unfused one's."""
     from matplotlib.figure import Figure  # only `compare` draws
 
     names = {"optax": "optax", "unfused": "cross_entropy", "fused": "linear_cross_entropy"}
     colors = {"optax": "0.6", "unfused": "tab:orange", "fused": "tab:blue"}
-    figure = Figure(figsize=(10, 5), dpi=120, layout="constrained")
-    axes = figure.subplot_mosaic([["loss", "temp"], ["loss", "peak"], ["gap", "time"]], width_ratios=[3, 2])
+    figure = Figure(figsize=(5, 6), dpi=150, layout="constrained")  # its text is read on a phone, too
+    axes = figure.subplot_mosaic([["loss"], ["gap"]], sharex=True, height_ratios=[3, 2])
 
     for loss, run in runs.items():
         width = {"optax": 7, "unfused": 4, "fused": 1.2}[loss]  # where they agree, the last hides the others
@@ -305,19 +305,6 @@ def draw(config: Config, runs: dict[str, dict[str, Any]], picture: Path) -> None
     axes["loss"].legend()
     axes["gap"].legend(markerscale=3, fontsize="small", loc="lower right")
     axes["gap"].set(title="distance of the loss from cross_entropy's", xlabel="step")
-
-    def bars(panel: str, title: str, measure: Callable[[dict[str, Any]], float], form: str) -> None:
-        container = axes[panel].barh(
-            [names[loss] for loss in runs], [measure(run) for run in runs.values()], color=list(map(colors.get, runs))
-        )
-        axes[panel].bar_label(container, fmt=form, padding=3)
-        axes[panel].set(title=title, xticks=[])
-        axes[panel].margins(x=0.25)
-        axes[panel].invert_yaxis()
-
-    bars("temp", "a step's temporaries, MiB", lambda run: run["temp_bytes"] / 2**20, "{:,.0f}")
-    bars("peak", "peak memory, MiB", lambda run: run["peak_bytes"] / 2**20, "{:,.0f}")
-    bars("time", "median step, s", lambda run: statistics.median(run["seconds"]), "{:.2f}")
     figure.savefig(picture)
 
 

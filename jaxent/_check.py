@@ -21,6 +21,7 @@ WeightArray: TypeAlias = Float[AnyArray, "..."] | Bool[AnyArray, "..."]
 LabelArray: TypeAlias = Integer[AnyArray, "..."] | Inexact[AnyArray, "..."]
 Labels: TypeAlias = LabelArray | int | np.integer  # what a user may give
 BoolArray: TypeAlias = Bool[AnyArray, "..."]
+Scalar: TypeAlias = float | Float[AnyArray, ""]
 Axis: TypeAlias = int | tuple[int, ...]
 AxisName: TypeAlias = str | tuple[str, ...]
 Reduction: TypeAlias = Literal["none", "mean", "sum"]
@@ -176,12 +177,11 @@ def check_sample_weight(sample_weight: WeightArray | None, rows: tuple[int, ...]
         )
 
 
-def check_smoothing(label_smoothing: float) -> float:
-    """`label_smoothing` as a Python float in [0, 1]."""
-    value = check_number("label_smoothing", label_smoothing)
-    if not 0.0 <= value <= 1.0:
+def check_smoothing(label_smoothing: Scalar) -> None:
+    """Require a number in [0, 1]; what a traced one is, nobody knows yet."""
+    check_scalar("label_smoothing", label_smoothing)
+    if not isinstance(label_smoothing, Tracer) and not 0.0 <= float(label_smoothing) <= 1.0:
         raise ValueError(f"label_smoothing must lie in [0, 1], got {label_smoothing}")
-    return value
 
 
 def check_number(name: str, value: float) -> float:
@@ -200,7 +200,7 @@ def check_ignore_index(ignore_index: int | None) -> int | None:
         raise TypeError(f"ignore_index must be an integer or None, got {ignore_index!r}") from None
 
 
-def check_scalar(name: str, value: float | Float[AnyArray, ""]) -> None:
+def check_scalar(name: str, value: Scalar) -> None:
     """Require a number, or an array that is one."""
     if isinstance(value, jax.Array | np.ndarray | np.generic):
         check_floating(name, np.asarray(value) if isinstance(value, np.generic) else value)

@@ -18,16 +18,17 @@ from ._check import (
     LabelArray,
     Labels,
     Reduction,
+    Scalar,
     WeightArray,
     check_axis_name,
     check_floating,
     check_ignore_index,
     check_implementation,
     check_labels,
-    check_number,
     check_range,
     check_reduction,
     check_sample_weight,
+    check_scalar,
     check_smoothing,
     check_weight,
     check_where,
@@ -52,8 +53,8 @@ def cross_entropy(
     sample_weight: WeightArray | None = None,
     ignore_index: int | None = -100,
     reduction: Reduction = "mean",
-    label_smoothing: float = 0.0,
-    z_loss: float = 0.0,
+    label_smoothing: Scalar = 0.0,
+    z_loss: Scalar = 0.0,
     axis_name: AxisName | None = None,
     implementation: Implementation | None = None,
 ) -> Float[Array, "..."]:
@@ -80,8 +81,10 @@ def cross_entropy(
             label are; the derivative by its weight is its loss all the same.
         ignore_index: examples with this label add nothing; None ignores none. Only for class indices.
         reduction: `"none"`, `"mean"` or `"sum"`.
-        label_smoothing: share of the label, in [0, 1], that is spread evenly over the classes.
-        z_loss: factor of `logsumexp(logits) ** 2`, which is added to each example's loss to keep logits small.
+        label_smoothing: share of the label, in [0, 1], that is spread evenly over the classes; a number, or a scalar
+            of a floating dtype, as a schedule makes it.
+        z_loss: factor of `logsumexp(logits) ** 2`, which is added to each example's loss to keep logits small; a
+            number or a scalar likewise.
         axis_name: inside `jax.shard_map`, the mesh axis (or a tuple of them, major first) over which the class axis
             is sharded. `logits`, `weight`, `where` and class probabilities are then this device's part, class indices
             still count all classes, and the loss is the same on all devices that hold parts of an example.
@@ -126,16 +129,11 @@ def cross_entropy(
     check_weight(weight, logits.shape[classes.index])
     check_sample_weight(sample_weight, classes.rows(logits.shape))
     check_range(labels, logits.shape[classes.index] * classes.parts(), ignore_index, sample_weight)
+    check_smoothing(label_smoothing)
+    check_scalar("z_loss", z_loss)
     check_implementation(implementation)
-    options = loss_options(
-        classes,
-        ignore_index,
-        reduction,
-        check_smoothing(label_smoothing),
-        check_number("z_loss", z_loss),
-        implementation,
-    )
-    return _cross_entropy(logits, labels, where, weight, sample_weight, options)
+    options = loss_options(classes, ignore_index, reduction, implementation)
+    return _cross_entropy(logits, labels, where, weight, sample_weight, added(label_smoothing, z_loss), options)
 
 
 class LossOptions(NamedTuple):
@@ -144,21 +142,34 @@ class LossOptions(NamedTuple):
     axis: ClassAxis
     ignore_index: int | None
     reduction: Reduction
-    label_smoothing: float
-    z_loss: float
     implementation: Implementation | None
 
 
 loss_options = functools.cache(LossOptions)  # one object for equal options, see class_axis
 
 
-@partial(jax.jit, static_argnums=5)
+class Added(NamedTuple):
+    """What is added to the label's own loss, None where nothing is: a schedule changes it without compiling anew."""
+
+    kept: Scalar | None  # of the label, when `uniform` of it is spread over the classes
+    uniform: Scalar | None
+    z_loss: Scalar | None
+
+
+def added(label_smoothing: Scalar, z_loss: Scalar) -> Added:
+    """What these two numbers add."""
+    uniform, z = (x if isinstance(x, jax.Array) else float(x) or None for x in (label_smoothing, z_loss))
+    return Added(None if uniform is None else 1.0 - uniform, uniform, z)
+
+
+@partial(jax.jit, static_argnums=6)
 def _cross_entropy(
     logits: FloatArray,
     labels: LabelArray,
     where: BoolArray | None,
     weight: FloatArray | None,
     sample_weight: WeightArray | None,
+    added: Added,
     options: LossOptions,
 ) -> Float[Array, "..."]:
     axis, how = options.axis, How(options.axis, options.implementation)
@@ -169,7 +180,7 @@ def _cross_entropy(
         v = jnp.where(empty, 0.0, jnp.ones((), dtype) if v is None else v)
     target = read_target(x, labels, weight, options, v)
     scale = scale_of(target, axis.rows(x.shape), axis.size(x), v, options.reduction, dtype)
-    losses = mixture(x, labels, target, where, weight, options)
+    losses = mixture(x, labels, target, where, weight, added, axis)
     one = jnp.ones((), dtype) if v is None else v
     if scale.factor is None:
         return losses.rows(how, x, one)
@@ -257,35 +268,34 @@ def mixture(
     target: Target | None,
     where: BoolArray | None,
     weight: FloatArray | None,
-    options: LossOptions,
+    added: Added,
+    axis: ClassAxis,
 ) -> Mixture:
-    """Which losses make up cross-entropy with these labels and options."""
-    axis, smoothing = options.axis, options.label_smoothing
+    """Which losses make up cross-entropy with these labels and what is added to them."""
     dtype = compute_dtype(x.dtype)
-    z = jnp.asarray(options.z_loss, dtype) if options.z_loss else None
-    uniform = _uniform(smoothing, x, where, axis) if smoothing else None
+    kept, mass, z = (None if value is None else jnp.asarray(value, dtype) for value in added)
+    uniform = None if mass is None else _uniform(mass, x, where, axis)
     if target is None:
         q = jnp.asarray(labels)
         q = q if q.dtype.itemsize < dtype.itemsize else q.astype(dtype)  # narrower ones stay as they are
-        if uniform is not None:
-            q = (1.0 - smoothing) * q.astype(dtype) + uniform
+        if kept is not None and uniform is not None:
+            q = kept * q.astype(dtype) + uniform
         rows = axis.rows(x.shape)
         nobody = None if z is None else jnp.zeros(rows, jnp.int32)
         return Mixture(nobody, Factors(None, None, z), scale_classes(q, weight, axis), None)
-    a = jnp.asarray(1.0 - smoothing, dtype)
+    a = jnp.ones((), dtype) if kept is None else kept
     a = a if target.weight is None else a * target.weight
     if uniform is None or (weight is None and where is None):
-        return Mixture(target.label, Factors(a, jnp.asarray(smoothing, dtype) if smoothing else None, z), None, None)
+        return Mixture(target.label, Factors(a, mass, z), None, None)
     q = scale_classes(uniform if uniform.ndim else jnp.full_like(x, uniform, dtype), weight, axis)
     return Mixture(target.label, Factors(a, None, z), q, target.label >= 0)
 
 
 def _uniform(
-    mass: float, x: Array | jax.ShapeDtypeStruct, where: BoolArray | None, axis: ClassAxis
+    mass: Float[Array, ""], x: Array | jax.ShapeDtypeStruct, where: BoolArray | None, axis: ClassAxis
 ) -> Float[Array, "..."]:
     """`mass` spread evenly over the classes that are kept."""
-    dtype = compute_dtype(x.dtype)
     if where is None:
-        return jnp.asarray(mass / max(axis.size(x), 1), dtype)
+        return mass / max(axis.size(x), 1)
     keep = jnp.broadcast_to(where, x.shape)
-    return jnp.where(keep, mass / axis.sum(keep).astype(dtype), 0.0)
+    return jnp.where(keep, mass / axis.sum(keep).astype(mass.dtype), 0.0)

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -13,13 +13,13 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Integer, Shaped
 
 from ._check import (
-    AnyArray,
     AxisName,
     BoolArray,
     FloatArray,
     Implementation,
     Labels,
     Reduction,
+    Scalar,
     WeightArray,
     check_axis_name,
     check_chunk_size,
@@ -46,7 +46,7 @@ from ._chunks import (
     unseen_parts,
 )
 from ._class_axis import ClassAxis, class_axis, vary
-from ._cross_entropy import LossOptions, Mixture, loss_options, mixture, read_target, scale_of
+from ._cross_entropy import Added, LossOptions, Mixture, added, loss_options, mixture, read_target, scale_of
 from ._label_loss import How, is_easily_underflown, is_perturbed, mixed
 from ._linear import inner, linear, times
 from ._nll import Scale, counting, read_labels
@@ -63,10 +63,10 @@ def linear_cross_entropy(
     sample_weight: WeightArray | None = None,
     ignore_index: int | None = -100,
     reduction: Reduction = "mean",
-    label_smoothing: float = 0.0,
-    z_loss: float = 0.0,
+    label_smoothing: Scalar = 0.0,
+    z_loss: Scalar = 0.0,
     where: BoolArray | None = None,
-    logit_scale: float | Float[AnyArray, ""] | None = None,
+    logit_scale: Scalar | None = None,
     softcap: float | None = None,
     chunk_size: int | None = None,
     axis_name: AxisName | None = None,
@@ -96,8 +96,10 @@ def linear_cross_entropy(
         ignore_index: tokens with this label add nothing, whatever `hidden` holds there; None ignores none. Where all
             tokens are on one device, no work is done for them but to fill up the last chunk.
         reduction: `"none"`, `"mean"` or `"sum"`.
-        label_smoothing: share of the label, in [0, 1], that is spread evenly over the classes.
-        z_loss: factor of `logsumexp(logits) ** 2`, which is added to each token's loss.
+        label_smoothing: share of the label, in [0, 1], that is spread evenly over the classes; a number, or a scalar
+            of a floating dtype, as a schedule makes it.
+        z_loss: factor of `logsumexp(logits) ** 2`, which is added to each token's loss; a number or a scalar
+            likewise.
         where: boolean mask of shape `(classes,)`; the loss is as if classes where it is False did not exist, as those
             that fill up a vocabulary. A label on such a class has the loss inf.
         logit_scale: multiplies the logits, bias included, before all else; a number, or a scalar of a floating dtype,
@@ -145,17 +147,13 @@ def linear_cross_entropy(
         check_mask("where", where, kernel.shape[1:])
     check_sample_weight(sample_weight, hidden.shape[:-1])
     check_range(labels, kernel.shape[1] * axis.parts(), ignore_index, sample_weight)
+    check_smoothing(label_smoothing)
+    check_scalar("z_loss", z_loss)
     check_implementation(implementation)
-    loss = loss_options(
-        class_axis(1, axis.names),
-        ignore_index,
-        reduction,
-        check_smoothing(label_smoothing),
-        check_number("z_loss", z_loss),
-        implementation,
-    )
+    loss = loss_options(class_axis(1, axis.names), ignore_index, reduction, implementation)
     options = _Options(loss, None if softcap is None else float(softcap), check_chunk_size(chunk_size))
-    arrays = _Arrays(hidden, kernel, bias, logit_scale, where, weight, labels)  # pyright: ignore[reportArgumentType]
+    of_losses = where, weight, labels, added(label_smoothing, z_loss)
+    arrays = _Arrays(hidden, kernel, bias, logit_scale, *of_losses)  # pyright: ignore[reportArgumentType]
     return _linear_cross_entropy(arrays, sample_weight, options)
 
 
@@ -163,7 +161,7 @@ def _check(
     hidden: FloatArray,
     kernel: FloatArray,
     bias: FloatArray | None,
-    logit_scale: float | Float[AnyArray, ""] | None,
+    logit_scale: Scalar | None,
     softcap: float | None,
 ) -> None:
     check_floating("hidden", hidden)
@@ -211,6 +209,7 @@ class _Arrays(NamedTuple):
     where: Bool[Array, " classes"] | None
     weight: Float[Array, " classes"] | None
     labels: Shaped[Array, "..."]
+    added: Added
 
 
 class _Gradients(NamedTuple):
@@ -276,8 +275,9 @@ def _across_devices(
     of_classes = PartitionSpec(of_kernel.spec[1])
     of_labels = PartitionSpec(*lead, *(of_classes if arrays.labels.ndim > len(lead) else ()))
     specs = (of_hidden.spec, of_kernel.spec, of_classes, PartitionSpec(), of_classes, of_classes, of_labels)
-    specs = tuple(None if x is None else spec for x, spec in zip(arrays, specs, strict=True))
-    specs = specs, None if v is None else PartitionSpec(*lead)
+    specs = [None if x is None else spec for x, spec in zip(arrays, specs, strict=False)]
+    specs.append(Added(*cast(Any, (None if x is None else PartitionSpec() for x in arrays.added))))
+    specs = tuple(specs), None if v is None else PartitionSpec(*lead)
     shardings = jax.tree.map(partial(NamedSharding, mesh), specs)
     parts = jax.tree.map(jax.sharding.reshard, (tuple(arrays), v), shardings)
     options = options._replace(loss=options.loss._replace(axis=ClassAxis(1, class_names)))
@@ -354,7 +354,7 @@ def _total_jvp(options: _Options, primals: tuple[_Arrays, Array], tangents: tupl
     arrays, scale = primals
     arrays_dot, scale_dot = tangents
     live = None if is_perturbed(scale_dot) else _live(scale)
-    if is_perturbed(arrays_dot.weight) or is_perturbed(arrays_dot.labels):
+    if _only_by_ad(arrays_dot):
         return _jvp_by_ad(partial(_sweep_total, options, live), primals, tangents)
     wanted, linear_dot = _wanted(arrays_dot)
     losses, gradients = _losses_and_gradients(
@@ -407,7 +407,7 @@ def _losses(options: _Options, arrays: _Arrays, live: _Live) -> Float[Array, " t
 @partial(_losses.defjvp, symbolic_zeros=True)
 def _losses_jvp(options: _Options, primals: tuple[_Arrays, _Live], tangents: tuple[Any, Any]) -> tuple[Array, Array]:
     (arrays, live), (arrays_dot, _) = primals, tangents
-    if is_perturbed(arrays_dot.weight) or is_perturbed(arrays_dot.labels):
+    if _only_by_ad(arrays_dot):
         return _jvp_by_ad(partial(_sweep_losses, options, live), (arrays,), (arrays_dot,))
     wanted, linear_dot = _wanted(arrays_dot)
     tangent = _directional(options, wanted, arrays, live is not None, linear_dot)
@@ -518,7 +518,7 @@ def _sweep_fused(
 ) -> tuple[Float[Array, " tokens"], _Gradients]:
     """Where a product can leave its accumulator as exponentials, unless the compiler `holds_logits` all the same."""
     tokens, features = arrays.hidden.shape
-    smoothed = options.loss.label_smoothing and arrays.weight is not None
+    smoothed = arrays.added.uniform is not None and arrays.weight is not None
     indices = jnp.issubdtype(arrays.labels.dtype, jnp.integer)
     any_kernel = options.loss.implementation in (None, "xla")
     plain = indices and not smoothed and arrays.where is None and options.softcap is None and not wanted[3]
@@ -545,8 +545,8 @@ def _loop(
 ) -> tuple[Float[Array, " tokens"], _Gradients]:
     hidden, labels, dtype = arrays.hidden, arrays.labels, _compute_dtype(arrays)
     tokens = hidden.shape[0]
-    operand = jnp.result_type(hidden, arrays.kernel)
-    given = _Given(Layer(arrays.kernel.astype(operand), arrays.bias, arrays.logit_scale), arrays.where, arrays.weight)
+    given = _given(arrays)
+    operand = given.layer.kernel.dtype
     near = center(given.layer, options.classes) if way == "fused" else None
     stored = _dtype_of_exponentials(wanted, arrays)
     largest = None
@@ -637,8 +637,8 @@ def _sweep_directional(
     """The derivative of each loss along `direction`, for AD; this device's term of it if the classes are split."""
     hidden, dtype = arrays.hidden, _compute_dtype(arrays)
     chunks = _small_chunks(options, arrays, _counts(options, arrays, None), skip=False)
-    operand = jnp.result_type(hidden, arrays.kernel)
-    given = _Given(Layer(arrays.kernel.astype(operand), arrays.bias, arrays.logit_scale), arrays.where, arrays.weight)
+    given = _given(arrays)
+    operand = given.layer.kernel.dtype
     parts = iter(direction)
     hidden_dot, *other_dots = (next(parts) if want else None for want in wanted)
     hidden_dot = None if hidden_dot is None else chunks.spread(hidden_dot)
@@ -678,17 +678,23 @@ class _Given(NamedTuple):
     layer: Layer
     where: Bool[Array, " classes"] | None
     weight: Float[Array, " classes"] | None
+    added: Added
 
     def mixture(self, options: _Options, labels: Array, x: Float[Array, "size features"]) -> Mixture:
         """Which losses these are."""
         logits = self.layer.shape(x)
         where = None if self.where is None else self.where[None]
         target = read_target(logits, labels, self.weight, options.loss)
-        return mixture(logits, labels, target, where, self.weight, options.loss)
+        return mixture(logits, labels, target, where, self.weight, self.added, options.classes)
 
     def shown(self, logits: Float[Array, "size classes"]) -> Float[Array, "size classes"]:
         """Logits without those of hidden classes."""
         return logits if self.where is None else jnp.where(self.where[None], logits, -jnp.inf)
+
+
+def _given(arrays: _Arrays) -> _Given:
+    kernel = arrays.kernel.astype(jnp.result_type(arrays.hidden, arrays.kernel))
+    return _Given(Layer(kernel, arrays.bias, arrays.logit_scale), arrays.where, arrays.weight, arrays.added)
 
 
 def _losses_of(
@@ -776,6 +782,12 @@ def _chunks(options: _Options, arrays: _Arrays, counts: _Live, size: int, *, ski
     if unseen_parts(arrays.hidden) > 1:
         return strided_chunks(tokens, size, counts)
     return packed_chunks(tokens, size, counts, skip=skip)
+
+
+def _only_by_ad(arrays_dot: Any) -> bool:
+    """Whether there are tangents of what no loop of ours has the gradients of."""
+    others = (arrays_dot.weight, arrays_dot.labels, arrays_dot.added)
+    return any(map(is_perturbed, jax.tree.leaves(others, is_leaf=lambda t: isinstance(t, SymbolicZero))))
 
 
 def _wanted(arrays_dot: Any) -> tuple[_Wanted, tuple[Array, ...]]:
