@@ -111,6 +111,76 @@ def test_optax_probabilities(mass, where):
     )
 
 
+@pytest.mark.parametrize("kind", ["indices", "probabilities"])
+def test_optax_masked_rows(kind):
+    """optax's `where` of one entry an example is `sample_weight`."""
+    theirs, labels = {
+        "indices": (optax.softmax_cross_entropy_with_integer_labels, jnp.array([0, 4, 2])),
+        "probabilities": (optax.softmax_cross_entropy, jax.nn.softmax(draw((3, 5), seed=4))),
+    }[kind]
+    kept = jnp.array([True, False, True])
+    assert_same(
+        lambda x: jaxent.cross_entropy(x, labels, sample_weight=kept, reduction="none"),
+        lambda x: theirs(x, labels, where=kept),
+        draw((3, 5)),
+        5,
+    )
+
+
+@pytest.mark.parametrize("kind", ["indices", "probabilities"])
+def test_optax_masked_classes(kind):
+    """Each row has other ones, and the last has none. optax leaves out what probability the others have."""
+    mask = jnp.array([[True, False, True, True, False], [False, True, True, False, True], [False] * 5])
+    q = jax.nn.softmax(draw((3, 5), seed=4))
+    theirs, labels, kept_labels = {
+        "indices": (optax.softmax_cross_entropy_with_integer_labels, y := jnp.array([3, 1, 2]), y),
+        "probabilities": (optax.softmax_cross_entropy, q, jnp.where(mask, q, 0.0)),
+    }[kind]
+    assert_same(
+        lambda x: jaxent.cross_entropy(x, kept_labels, where=mask, reduction="none"),
+        lambda x: theirs(x, labels, where=mask),
+        draw((3, 5)),
+        5,
+    )
+
+
+@pytest.mark.parametrize("kind", ["indices", "probabilities"])
+def test_a_label_on_a_masked_class(kind):
+    """Unlike optax, which has a loss below 0 or leaves the label out."""
+    where, label = jnp.array([True, True, False]), jnp.array(2)
+    theirs, labels, loss = {
+        "indices": (optax.softmax_cross_entropy_with_integer_labels, label, np.log1p(np.exp(1.0)) - 2),
+        "probabilities": (optax.softmax_cross_entropy, jax.nn.one_hot(label, 3), 0.0),
+    }[kind]
+    x = jnp.array([0.0, 1.0, 2.0])
+    np.testing.assert_allclose(theirs(x, labels, where=where), loss, atol=4 * EPS)
+    assert jaxent.cross_entropy(x, labels, where=where) == np.inf
+
+
+def test_optax_safe():
+    """Classes that cannot be, and are not expected."""
+    impossible = jnp.array([[True, False, True, False, False], [False] * 5, [True, True, True, False, True]])
+    labels = jnp.where(impossible, 0.0, jax.nn.softmax(draw((3, 5), seed=4)))
+
+    def run(loss):
+        return lambda x: loss(jnp.where(impossible, -jnp.inf, x), labels)
+
+    ours = jax.tree_util.Partial(jaxent.cross_entropy, reduction="none")
+    assert_same(run(ours), run(optax.safe_softmax_cross_entropy), draw((3, 5)), 5)
+
+
+def test_optax_ranking():
+    """A list's items are classes, of any relevance; the mean is over lists that have items."""
+    items = jnp.array([[True, False, True, True, True], [False] * 5, [True, True, False, False, True]])
+    relevance = jnp.array([[2.0, 1.0, 0.0, 1.0, 0.0], [1.0, 0.0, 0.0, 2.0, 0.0], [0.0, 0.0, 3.0, 0.0, 0.0]])
+    assert_same(
+        lambda x: jaxent.cross_entropy(x, jnp.where(items, relevance, 0.0), where=items),
+        lambda x: optax.losses.ranking_softmax_loss(x, relevance, where=items),
+        draw((3, 5)),
+        5,
+    )
+
+
 @pytest.mark.parametrize("label_smoothing", [0.1, 1.0])
 def test_optax_smoothing(label_smoothing):
     labels = jnp.array([0, 4, 2])
