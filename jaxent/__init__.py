@@ -3,10 +3,20 @@
 from ._cross_entropy import cross_entropy as cross_entropy
 from ._entropy import entropy as entropy
 from ._linear_cross_entropy import linear_cross_entropy as linear_cross_entropy
+from ._linear_log_probs import linear_log_probs as linear_log_probs
 from ._nll import nll as nll
 from ._nll import nll as nll_loss
 from ._softmax import log_softmax as log_softmax
 from ._softmax import softmax as softmax
 
-__all__ = ["cross_entropy", "entropy", "linear_cross_entropy", "log_softmax", "nll", "nll_loss", "softmax"]
+__all__ = [
+    "cross_entropy",
+    "entropy",
+    "linear_cross_entropy",
+    "linear_log_probs",
+    "log_softmax",
+    "nll",
+    "nll_loss",
+    "softmax",
+]
 __version__ = "0.1.0"

@@ -1,6 +1,7 @@
 """Argument checks. They run in Python, before anything is traced, and raise one sentence."""
 
 import functools
+import math
 import operator
 from collections.abc import Callable
 from typing import Any, Literal, TypeAlias, cast
@@ -129,13 +130,6 @@ def check_where(name: str, shape: tuple[int, ...], where: BoolArray | None) -> N
         raise ValueError(f"where must broadcast to the shape {shape} of {name}, got shape {where.shape}")
 
 
-def check_mask(name: str, mask: BoolArray, shape: tuple[int, ...]) -> None:
-    """Require a boolean mask of this shape."""
-    _check_boolean(name, mask)
-    if mask.shape != shape:
-        raise ValueError(f"{name} must have shape {shape}, one entry per class, got shape {mask.shape}")
-
-
 def _check_boolean(name: str, mask: BoolArray) -> None:
     if kind_of(name, mask) != "boolean":
         raise TypeError(f"{name} must be a boolean array, got {mask.dtype}")
@@ -221,6 +215,40 @@ def check_chunk_size(chunk_size: int | None) -> int | None:
     return size
 
 
+def check_layer(
+    hidden: FloatArray,
+    kernel: FloatArray,
+    bias: FloatArray | None,
+    where: BoolArray | None,
+    logit_scale: Scalar | None,
+    softcap: float | None,
+) -> None:
+    """Require what makes the logits of a linear layer."""
+    check_floating("hidden", hidden)
+    check_floating("kernel", kernel)
+    if not hidden.ndim:
+        raise ValueError("hidden must have a feature axis, got a scalar of shape ()")
+    if kernel.ndim != 2 or kernel.shape[0] != hidden.shape[-1]:
+        raise ValueError(
+            f"kernel must have shape ({hidden.shape[-1]}, classes) to fit hidden of shape {hidden.shape}, "
+            f"got shape {kernel.shape}"
+        )
+    if bias is not None:
+        check_floating("bias", bias)
+        if bias.shape != kernel.shape[1:]:
+            raise ValueError(f"bias must have shape {kernel.shape[1:]}, one entry per class, got shape {bias.shape}")
+    if where is not None:
+        _check_boolean("where", where)
+        if where.shape != kernel.shape[1:]:
+            raise ValueError(
+                f"where must have shape {kernel.shape[1:]}, one entry per class, got shape {where.shape}"
+            )
+    if logit_scale is not None:
+        check_scalar("logit_scale", logit_scale)
+    if softcap is not None and not 0.0 < check_number("softcap", softcap) < math.inf:
+        raise ValueError(f"softcap must be positive and finite, or None, got {softcap}")
+
+
 def check_labels(
     name: str,
     shape: tuple[int, ...],
@@ -259,6 +287,15 @@ def check_labels(
             + (", which fits axis=1" if second else "")
         )
     return labels
+
+
+def check_indices(
+    name: str, shape: tuple[int, ...], labels: Labels, axis: ClassAxis, ignore_index: int | None
+) -> Integer[AnyArray, "..."]:
+    """`labels` as an array of class indices, whose shape fits scores called `name` of `shape`."""
+    if not isinstance(labels, (int, np.integer)) and kind_of("labels", labels) == "floating":
+        raise TypeError(f"labels must have an integer dtype (class indices), got {labels.dtype}")
+    return check_labels(name, shape, labels, axis, ignore_index, movable=False)
 
 
 @functools.cache

@@ -78,6 +78,18 @@ def _entropy(logits: FloatArray, where: BoolArray | None, axis: ClassAxis) -> Fl
     return h if empty is None else jnp.where(empty, 0.0, h)
 
 
+def entropies(axis: ClassAxis, x: Float[Array, "..."]) -> Float[Array, "..."]:
+    """The entropy of each row."""
+    return kernels.entropy(x, axis=axis)
+
+
+def entropies_and_gradient(
+    axis: ClassAxis, x: Float[Array, "..."], scale: Float[Array, "..."]
+) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
+    """It, and the gradient of their sum with scales; this device's part if the classes are split."""
+    return entropies(axis, x), _back(axis, {}, x, scale)
+
+
 @kernels.entropy.defjvp
 def _entropy_jvp(primals: Any, tangents: Any, *, axis: ClassAxis, **how: Any) -> tuple[Array, Array]:
     (x,), (t,) = primals, tangents

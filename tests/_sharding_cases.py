@@ -61,6 +61,14 @@ _CE = partial(_case, jaxent.cross_entropy, reduction="none")
 _LCE = partial(_case, jaxent.linear_cross_entropy, reduction="none", chunk_size=4)
 _LINEAR = {"hidden": "nd", "kernel": "dc", "labels": "n", "bias": "c"}
 _LEARNT = ("hidden", "kernel", "bias")
+
+
+def _log_probs(hidden, kernel, labels, **options):
+    """Both results in one, which tells them apart by its derivatives."""
+    log_probs, entropies = jaxent.linear_log_probs(hidden, kernel, labels, entropy=True, chunk_size=4, **options)
+    return log_probs - jnp.cos(entropies)
+
+
 _NLL = partial(_case, jaxent.nll, wrt=("log_probs",), reduction="none")
 CASES = {
     "softmax": _case(jaxent.softmax, _LOGITS, "nc"),
@@ -131,6 +139,20 @@ CASES = {
     ),
     "linear_cross_entropy sum": _LCE(_LINEAR, "", wrt=_LEARNT, reduction="sum"),
     "linear_cross_entropy of weighted tokens": _LCE(_LINEAR | {"sample_weight": "n"}, wrt=_LEARNT),
+    "linear_log_probs": _case(_log_probs, _LINEAR, wrt=_LEARNT),
+    "linear_log_probs with all": _case(
+        _log_probs,
+        _LINEAR | {"hidden": "nld", "labels": "nl", "where": "c", "logit_scale": ""},
+        "nl",
+        wrt=(*_LEARNT, "logit_scale"),
+        softcap=5.0,
+    ),
+    "cross_entropy of a schedule": _CE(
+        _INDICES | {"weight": "c", "label_smoothing": "", "z_loss": ""}, wrt=("logits", "label_smoothing", "z_loss")
+    ),
+    "linear_cross_entropy of a schedule": _LCE(
+        _LINEAR | {"label_smoothing": "", "z_loss": ""}, "", wrt=("kernel", "label_smoothing"), reduction="mean"
+    ),
     "linear_cross_entropy mean of weighted tokens": _LCE(
         _LINEAR | {"sample_weight": "n"}, "", wrt=(*_LEARNT, "sample_weight"), ignored=True, reduction="mean"
     ),
@@ -320,6 +342,7 @@ def test_numbers_of_classes(name, classes, way):
         ("cross_entropy with all", _reverse_over_reverse),
         ("linear_cross_entropy mean", _second_order),
         ("linear_cross_entropy mean", _reverse_over_reverse),
+        ("linear_log_probs", _second_order),
         ("linear_cross_entropy with all", _second_order),
         ("linear_cross_entropy with all", _reverse_over_reverse),
     ],

@@ -1,0 +1,693 @@
+"""Losses of a linear layer's outputs, of which only a chunk exists at a time."""
+
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import Any, Literal, NamedTuple, cast
+
+import jax
+import jax.numpy as jnp
+from jax.custom_derivatives import SymbolicZero
+from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
+from jax.typing import DTypeLike
+from jaxtyping import Array, Bool, Float, Integer, Shaped
+
+from ._check import WeightArray
+from ._chunks import (
+    Chunks,
+    chunk_size_for_memory,
+    chunk_size_in_caches,
+    fit_at_once,
+    packed_chunks,
+    strided_chunks,
+    unseen_parts,
+)
+from ._class_axis import ClassAxis, vary
+from ._cross_entropy import Added, LossOptions, Mixture, mixture, read_target, scale_of
+from ._entropy import entropies, entropies_and_gradient
+from ._label_loss import How, is_easily_underflown, is_perturbed, mixed
+from ._linear import inner, linear, times
+from ._nll import Scale, counting, read_labels
+from ._product_loss import Center, Layer, center, dtype_of_exponentials, product_losses, product_losses_and_gradient
+
+
+class Options(NamedTuple):
+    """What is compiled in."""
+
+    loss: LossOptions
+    softcap: float | None
+    chunk_size: int | None
+    entropy: bool = False  # beside each loss, in an axis of two; for `reduction="none"`
+
+    def rows(self, tokens: Any) -> tuple[Any, ...]:
+        """The shape of what is known of so many tokens."""
+        return (tokens, 2) if self.entropy else (tokens,)
+
+    @property
+    def classes(self) -> ClassAxis:
+        return self.loss.axis
+
+    @property
+    def how(self) -> How:
+        return How(self.loss.axis, self.loss.implementation)
+
+
+class Arrays(NamedTuple):
+    """What is not. `hidden` and `labels` have a row per token."""
+
+    hidden: Float[Array, "..."]
+    kernel: Float[Array, "features classes"]
+    bias: Float[Array, " classes"] | None
+    logit_scale: Float[Array, ""] | None
+    where: Bool[Array, " classes"] | None
+    weight: Float[Array, " classes"] | None
+    labels: Shaped[Array, "..."]
+    added: Added
+
+
+class _Gradients(NamedTuple):
+    """Of a sum of losses, accumulated in at least float32 and kept as `_kept` says; None where it is not wanted."""
+
+    hidden: Float[Array, "tokens features"] | None
+    kernel: Float[Array, "features classes"] | None
+    bias: Float[Array, " classes"] | None
+    logit_scale: Float[Array, ""] | None
+
+
+_Wanted = tuple[bool, bool, bool, bool]
+_NOTHING: _Wanted = (False, False, False, False)
+_SampleWeight = Float[Array, "..."] | None  # one per token
+
+
+@partial(jax.jit, static_argnums=2)
+def linear_losses(arrays: Arrays, sample_weight: WeightArray | None, options: Options) -> Float[Array, "..."]:
+    """Losses of tokens, or their scaled sum."""
+    arrays = jax.tree.map(_at_least_half, arrays)
+    dtype, v = _compute_dtype(arrays), None
+    if arrays.logit_scale is not None:
+        arrays = arrays._replace(logit_scale=arrays.logit_scale.astype(dtype))
+    if sample_weight is not None:
+        v = jnp.broadcast_to(jnp.asarray(sample_weight, dtype), arrays.hidden.shape[:-1])
+    if arrays.where is not None:  # without any class there is nothing to add
+        classes = ClassAxis(0, options.classes.names)
+        v = jnp.where(
+            classes.sum(arrays.where) > 0, jnp.ones(arrays.hidden.shape[:-1], dtype) if v is None else v, 0.0
+        )
+    scale, empty = _scale(options, arrays, v)
+    shardings = [jax.typeof(x).sharding for x in jax.tree.leaves(arrays)]
+    mesh = next((sharding.mesh for sharding in shardings if any(sharding.spec)), None)
+    loss = _on_device(options, arrays, v, scale) if mesh is None else _across_devices(options, arrays, v, scale, mesh)
+    return loss + empty
+
+
+def _at_least_half(x: Any) -> Array:
+    """Narrower floats in float32: matrix products of them differ from machine to machine."""
+    x = jnp.asarray(x)
+    narrow = jnp.issubdtype(x.dtype, jnp.floating) and jnp.finfo(x.dtype).bits < 16
+    return x.astype(jnp.float32) if narrow else x
+
+
+def _across_devices(
+    options: Options, arrays: Arrays, v: _SampleWeight, scale: Float[Array, ""] | None, mesh: AbstractMesh
+) -> Float[Array, "..."]:
+    """Under explicit sharding: arrays tell where tokens and classes are, so each device loops over its own tokens."""
+    of_hidden, of_kernel = (jax.typeof(x).sharding for x in (arrays.hidden, arrays.kernel))
+    *lead, of_features = of_hidden.spec
+    if of_features is not None or of_kernel.spec[0] is not None:
+        raise ValueError(
+            f"the feature axis of hidden and kernel must not be sharded, got shardings {of_hidden.spec} "
+            f"and {of_kernel.spec}; jax.sharding.reshard gathers it"
+        )
+    token_names, class_names = _names(*lead), _names(of_kernel.spec[1])
+    if set(token_names) & set(class_names):
+        raise ValueError(
+            f"hidden's tokens and kernel's classes must be sharded over different mesh axes, got shardings "
+            f"{of_hidden.spec} and {of_kernel.spec}"
+        )
+    of_classes = PartitionSpec(of_kernel.spec[1])
+    of_labels = PartitionSpec(*lead, *(of_classes if arrays.labels.ndim > len(lead) else ()))
+    specs = (of_hidden.spec, of_kernel.spec, of_classes, PartitionSpec(), of_classes, of_classes, of_labels)
+    specs = [None if x is None else spec for x, spec in zip(arrays, specs, strict=False)]
+    specs.append(Added(*cast(Any, (None if x is None else PartitionSpec() for x in arrays.added))))
+    specs = tuple(specs), None if v is None else PartitionSpec(*lead)
+    shardings = jax.tree.map(partial(NamedSharding, mesh), specs)
+    parts = jax.tree.map(jax.sharding.reshard, (tuple(arrays), v), shardings)
+    options = options._replace(loss=options.loss._replace(axis=ClassAxis(1, class_names)))
+
+    def part(parts: Any, scale: Array | None) -> Array:
+        loss = _on_device(options, Arrays(*parts[0]), parts[1], scale)
+        return loss if scale is None else jax.lax.psum(loss, token_names)
+
+    explicit = [
+        name for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind == AxisType.Explicit
+    ]
+    return jax.shard_map(
+        part,
+        mesh=mesh,
+        in_specs=(specs, None if scale is None else PartitionSpec()),
+        out_specs=PartitionSpec(*lead) if scale is None else PartitionSpec(),
+        axis_names=set(explicit),
+    )(parts, scale)
+
+
+def _names(*entries: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    """The mesh axes in entries of a PartitionSpec."""
+    return tuple(name for entry in entries if entry for name in ((entry,) if isinstance(entry, str) else entry))
+
+
+def _scale(options: Options, arrays: Arrays, v: _SampleWeight) -> Scale:
+    """What reduces the losses of all tokens."""
+    dtype, classes = _compute_dtype(arrays), options.classes.size(arrays.kernel)
+    target = None
+    if not jnp.issubdtype(arrays.labels.dtype, jnp.floating):
+        ignored, names = options.loss.ignore_index, options.classes.names
+        target = read_labels(arrays.labels, classes, arrays.weight, ignored, dtype, names, v)
+    return scale_of(target, arrays.hidden.shape[:-1], classes, v, options.loss.reduction, dtype)
+
+
+def _on_device(
+    options: Options, arrays: Arrays, v: _SampleWeight, scale: Float[Array, ""] | None
+) -> Float[Array, "..."]:
+    """Losses of this device's tokens, or their scaled sum."""
+    lead = arrays.hidden.shape[:-1]
+    tokens = math.prod(lead)
+    arrays = arrays._replace(
+        hidden=arrays.hidden.reshape(tokens, arrays.hidden.shape[-1]),
+        labels=arrays.labels.reshape(tokens, *arrays.labels.shape[len(lead) :]),
+    )
+    v = None if v is None else v.reshape(tokens)
+    if scale is not None:
+        return _total(options, arrays, scale if v is None else scale * v)
+    losses = _losses(options, arrays, None) if v is None else _weighted(options, arrays, v)
+    return losses.reshape(*lead, *losses.shape[1:])
+
+
+def _compute_dtype(arrays: Arrays) -> jnp.dtype:
+    return jnp.promote_types(jnp.result_type(arrays.hidden, arrays.kernel), jnp.float32)
+
+
+# Two functions of the arrays: the losses one by one, and their scaled sum. The rules of both are loops in which the
+# logits' gradient is made and used up chunk by chunk. The sum knows its cotangent but for a factor, so its gradients
+# come together with the losses: three matrix products in all. The single losses wait for their cotangents and then
+# make the logits anew: four. Tokens that are not `live`, where that is given, are as good as ignored: those of weight
+# 0, unless the derivative by their weight, which is their loss, is wanted.
+
+_Live = Bool[Array, " tokens"] | None
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _total(options: Options, arrays: Arrays, scale: Float[Array, ""] | Float[Array, " tokens"]) -> Float[Array, ""]:
+    """`sum(scale * losses)`."""
+    live = _live(scale)
+    return _scaled_sum(scale, _losses(options, arrays, live))
+
+
+@partial(_total.defjvp, symbolic_zeros=True)
+def _total_jvp(options: Options, primals: tuple[Arrays, Array], tangents: tuple[Any, Any]) -> tuple[Array, Array]:
+    arrays, scale = primals
+    arrays_dot, scale_dot = tangents
+    live = None if is_perturbed(scale_dot) else _live(scale)
+    if _only_by_ad(arrays_dot):
+        return _jvp_by_ad(partial(_sweep_total, options, live), primals, tangents)
+    wanted, linear_dot = _wanted(arrays_dot)
+    losses, gradients = _losses_and_gradients(
+        options, wanted, arrays, jnp.broadcast_to(scale, arrays.hidden.shape[:1]), live
+    )
+    terms = [inner(g, t) for g, t in zip(jax.tree.leaves(gradients), linear_dot, strict=True)]
+    tangent = options.classes.total(sum(terms, jnp.zeros((), losses.dtype)))
+    if is_perturbed(scale_dot):
+        tangent += _scaled_sum(scale_dot, losses)
+    return _scaled_sum(scale, losses), tangent
+
+
+def _live(scale: Float[Array, ""] | Float[Array, " tokens"]) -> _Live:
+    return scale != 0.0 if scale.ndim else None
+
+
+def _scaled_sum(scale: Float[Array, ""] | Float[Array, " tokens"], losses: Float[Array, " tokens"]) -> Array:
+    return jnp.sum(times(scale, losses)) if scale.ndim else scale * jnp.sum(losses)
+
+
+def _times(v: Float[Array, " tokens"], losses: Float[Array, "tokens ..."]) -> Array:
+    return times(jnp.broadcast_to(_beside(losses, v), losses.shape), losses)
+
+
+def _beside(rows: Shaped[Array, "tokens ..."], x: Shaped[Array, " tokens"]) -> Array:
+    """`x` as it broadcasts to rows."""
+    return x.reshape(x.shape + (1,) * (rows.ndim - 1))
+
+
+def _kept(gradient: Array, dtype: DTypeLike) -> Array:
+    """The gradient as it waits for its cotangent: in the dtype of what it is of, if that has the range."""
+    return gradient if is_easily_underflown(dtype) else gradient.astype(dtype)
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _weighted(options: Options, arrays: Arrays, v: Float[Array, " tokens"]) -> Float[Array, "tokens ..."]:
+    """The loss of each token, times its weight."""
+    return _times(v, _losses(options, arrays, _live(v)))
+
+
+@partial(_weighted.defjvp, symbolic_zeros=True)
+def _weighted_jvp(options: Options, primals: tuple[Arrays, Array], tangents: tuple[Any, Any]) -> tuple[Array, Array]:
+    live = None if is_perturbed(tangents[1]) else _live(primals[1])
+
+    def weighted(arrays: Arrays, v: Array) -> Array:
+        return _times(v, _losses(options, arrays, live))
+
+    return _jvp_by_ad(weighted, primals, tangents)
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _losses(options: Options, arrays: Arrays, live: _Live) -> Float[Array, "tokens ..."]:
+    """The loss of each token, 0 of those that are not live."""
+    return _sweep(options, _NOTHING, arrays, None, live)[0]
+
+
+@partial(_losses.defjvp, symbolic_zeros=True)
+def _losses_jvp(options: Options, primals: tuple[Arrays, _Live], tangents: tuple[Any, Any]) -> tuple[Array, Array]:
+    (arrays, live), (arrays_dot, _) = primals, tangents
+    if _only_by_ad(arrays_dot):
+        return _jvp_by_ad(partial(_sweep_losses, options, live), (arrays,), (arrays_dot,))
+    wanted, linear_dot = _wanted(arrays_dot)
+    tangent = _directional(options, wanted, arrays, live is not None, linear_dot)
+    return _losses(options, arrays, live), options.classes.total(tangent)
+
+
+def _directional(
+    options: Options, wanted: _Wanted, arrays: Arrays, weighted: bool, direction: tuple[Array, ...]
+) -> Float[Array, "tokens ..."]:
+    """Derivative J of each loss along `direction`: `J v`, whose transpose is `_losses_and_gradients`.
+
+    AD would transpose the loop of `J v` to one that makes a new array of the kernel's size in every step. If losses
+    are `weighted`, those of no weight get cotangents of 0, and are not live there.
+    """
+    leaves, structure = jax.tree.flatten(arrays)
+    dtypes, count = [v.dtype for v in direction], len(leaves)  # not the tracers themselves, which would leak
+
+    def along(*values: Array) -> Array:
+        known, v = values[:count], values[count:]
+        return _sweep_directional(options, wanted, jax.tree.unflatten(structure, known), v)
+
+    def transposed(*values: Array) -> tuple[Array, ...]:
+        known, c = jax.tree.unflatten(structure, values[:count]), values[-1]
+        # All parts of the classes have the same cotangents, but types say that they may differ.
+        counts = jnp.any(c.reshape(c.shape[0], -1) != 0.0, 1).astype(jnp.int32)
+        live = options.classes.total(counts) > 0 if weighted else None
+        gradients = _losses_and_gradients(options, wanted, known, c, live)[1]
+        return tuple(g.astype(dtype) for g, dtype in zip(jax.tree.leaves(gradients), dtypes, strict=True))
+
+    return linear(along, transposed, tuple(leaves), *direction)
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(0, 1))
+def _losses_and_gradients(
+    options: Options, wanted: _Wanted, arrays: Arrays, scale: Float[Array, "tokens ..."], live: _Live
+) -> tuple[Float[Array, "tokens ..."], _Gradients]:
+    """Losses, and the gradients of `sum(scale * losses)`; this device's terms of them if the classes are split."""
+    return _sweep(options, wanted, arrays, scale, live)
+
+
+@partial(_losses_and_gradients.defjvp, symbolic_zeros=True)
+def _losses_and_gradients_jvp(options: Options, wanted: _Wanted, primals: Any, tangents: Any) -> tuple[Any, Any]:
+    live = None if is_perturbed(tangents[1]) else primals[2]
+
+    def sweep(arrays: Arrays, scale: Array) -> Any:
+        return _sweep(options, wanted, arrays, scale, live, differentiable=True)
+
+    return _jvp_by_ad(sweep, primals[:2], tangents[:2])
+
+
+def _sweep(
+    options: Options,
+    wanted: _Wanted,
+    arrays: Arrays,
+    scale: Float[Array, "tokens ..."] | None,
+    live: _Live,
+    *,
+    differentiable: bool = False,
+) -> tuple[Float[Array, "tokens ..."], _Gradients]:
+    """One loop over chunks of tokens: the losses, and the wanted gradients of `sum(scale * losses)`.
+
+    With `differentiable` every operation is one that AD can differentiate in both directions, recomputing each chunk,
+    at the price of one more array of the kernel's size. Otherwise gradients are updated in place, and the machine
+    decides how: a CPU multiplies apart and has a kernel for what is left, others have what is made of logits in the
+    product itself.
+    """
+    counts = _counts(options, arrays, live)
+    if differentiable:
+        chunks = _small_chunks(options, arrays, counts, skip=False)
+        return _loop(options, "differentiable", chunks, wanted, arrays, scale)
+    in_caches, fused = (partial(sweep, options, wanted) for sweep in (_sweep_in_caches, _sweep_fused))
+    if options.loss.implementation == "xla":
+        return fused(arrays, scale, counts)
+    gpu = partial(fused, holds_logits=True)
+    return jax.lax.platform_dependent(arrays, scale, counts, cpu=in_caches, cuda=gpu, rocm=gpu, default=fused)
+
+
+def _counts(options: Options, arrays: Arrays, live: _Live) -> _Live:
+    """Which tokens count; None if all of them do."""
+    counts = counting(arrays.labels, options.loss.ignore_index)
+    return live if counts is None else counts if live is None else counts & live
+
+
+# How a loop goes: so that AD can differentiate it, with tiles added to the kernel's gradient one by one, with logits
+# in memory but no tiles, or without, see _product_loss.py.
+_Way = Literal["differentiable", "tiles", "logits", "fused"]
+
+
+def _sweep_in_caches(
+    options: Options, wanted: _Wanted, arrays: Arrays, scale: Array | None, counts: _Live
+) -> tuple[Float[Array, "tokens ..."], _Gradients]:
+    chunks = _small_chunks(options, arrays, counts, skip=True)
+    return _loop(options, "tiles", chunks, wanted, arrays, scale)
+
+
+def _dtype_of_exponentials(wanted: _Wanted, arrays: Arrays) -> jnp.dtype:
+    bias = None if arrays.bias is None or not wanted[2] else arrays.bias.dtype
+    return dtype_of_exponentials(jnp.result_type(arrays.hidden, arrays.kernel), bias)
+
+
+def _sweep_fused(
+    options: Options,
+    wanted: _Wanted,
+    arrays: Arrays,
+    scale: Array | None,
+    counts: _Live,
+    *,
+    holds_logits: bool = False,
+) -> tuple[Float[Array, "tokens ..."], _Gradients]:
+    """Where a product can leave its accumulator as exponentials, unless the compiler `holds_logits` all the same."""
+    tokens, features = arrays.hidden.shape
+    smoothed = arrays.added.uniform is not None and arrays.weight is not None
+    indices = jnp.issubdtype(arrays.labels.dtype, jnp.integer)
+    any_kernel = options.loss.implementation in (None, "xla")
+    plain = indices and not smoothed and arrays.where is None and options.softcap is None and not wanted[3]
+    plain = plain and not options.entropy
+    way = "fused" if any_kernel and plain else "logits"
+    stored = (
+        _dtype_of_exponentials(wanted, arrays) if way == "fused" else jnp.result_type(arrays.hidden, arrays.kernel)
+    )
+    held = stored.itemsize / _compute_dtype(arrays).itemsize + (holds_logits or way == "logits")
+    parts = unseen_parts(arrays.hidden)
+    size = chunk_size_for_memory(tokens, features, held, parts)
+    skipping = counts is not None and parts == 1  # of chunks
+    if not skipping and fit_at_once(tokens, features, held):
+        size = tokens
+    return _loop(options, way, _chunks(options, arrays, counts, size, skip=True), wanted, arrays, scale)
+
+
+def _loop(
+    options: Options,
+    way: _Way,
+    chunks: Chunks,
+    wanted: _Wanted,
+    arrays: Arrays,
+    scale: Float[Array, "tokens ..."] | None,
+) -> tuple[Float[Array, "tokens ..."], _Gradients]:
+    hidden, labels, dtype = arrays.hidden, arrays.labels, _compute_dtype(arrays)
+    tokens = hidden.shape[0]
+    given = _given(arrays)
+    operand = given.layer.kernel.dtype
+    near = center(given.layer, options.classes) if way == "fused" else None
+    stored = _dtype_of_exponentials(wanted, arrays)
+    largest = None
+    if scale is not None and is_easily_underflown(operand):  # the factor of 1 / tokens would leave its range
+        largest = jax.lax.stop_gradient(jnp.max(jnp.abs(scale), initial=0.0))
+        largest = jnp.where((largest > 0.0) & jnp.isfinite(largest), largest, 1.0)
+        scale = scale / largest
+
+    def products(x: Array, given: _Given, labels: Array, counts: Array, s: Array) -> tuple[Array, _Gradients]:
+        if not any(wanted):
+            return _losses_of(options, given, near, x, labels), _Gradients(None, None, None, None)
+        loss, g, of_scale = _losses_and_gradient_of(options, given, near, stored, x, labels, counts, s)
+        bias_term = jnp.sum(g, 0) if wanted[2] else None
+        scale_term = jnp.sum(of_scale) if wanted[3] and of_scale is not None else None
+        g = g.astype(operand)
+        hidden_term = None
+        if wanted[0]:  # in the other order faster on CPUs
+            kernel = given.layer.kernel
+            hidden_term = _dot(kernel, g, 1, 1, dtype).T if way == "tiles" else _dot(g, kernel, 1, 1, dtype)
+        kernel_term = (g if way == "tiles" else _dot(x, g, 0, 0, dtype)) if wanted[1] else None
+        return loss, _Gradients(hidden_term, kernel_term, bias_term, scale_term)
+
+    if way == "differentiable":
+        products = jax.checkpoint(products)
+    rows = options.rows(tokens)
+    by_token = jax.tree.map(chunks.spread, (hidden, labels, jnp.ones(rows, dtype) if scale is None else scale))
+
+    def step(i: Any, carry: tuple[Array, _Gradients]) -> tuple[Array, _Gradients]:
+        losses, gradients = carry
+        counts = chunks.counts(i)
+        x, y, s = (chunks.take(rows, i) for rows in by_token)
+        x = jnp.where(counts[:, None], x, 0).astype(operand)  # NaNs of a row that does not count must not spread
+        s = jnp.where(_beside(s, counts), s, 0.0)
+        loss, terms = products(x, given, y, counts, s)
+        of_hidden, of_kernel, of_bias, of_scale = gradients
+        if of_hidden is not None and terms.hidden is not None:
+            of_hidden = chunks.put(of_hidden, terms.hidden, i)
+        if terms.kernel is not None:
+            if of_kernel is None:
+                of_kernel = terms.kernel
+            elif way == "tiles":
+                by_class = unseen_parts(given.layer.kernel) == 1
+                of_kernel = _add_product(of_kernel, x, terms.kernel, by_class=by_class)
+            else:
+                of_kernel = of_kernel + terms.kernel
+        if of_bias is not None and terms.bias is not None:
+            of_bias = of_bias + terms.bias
+        if of_scale is not None and terms.logit_scale is not None:
+            of_scale = of_scale + terms.logit_scale
+        losses = chunks.put(losses, jnp.where(_beside(loss, counts), loss, 0.0), i)
+        return losses, _Gradients(of_hidden, of_kernel, of_bias, of_scale)
+
+    once = way == "fused" and isinstance(chunks.steps, int) and chunks.steps == 1
+    zero = vary(jnp.zeros((), dtype), *jax.tree.leaves((arrays, scale)))
+    start = (
+        chunks.spread(jnp.broadcast_to(options.classes.total(zero), rows)),
+        _Gradients(
+            chunks.spread(jnp.broadcast_to(zero, hidden.shape)) if wanted[0] else None,
+            jnp.broadcast_to(zero, arrays.kernel.shape) if wanted[1] and not once else None,
+            jnp.broadcast_to(zero, arrays.kernel.shape[1]) if wanted[2] else None,
+            zero if wanted[3] else None,
+        ),
+    )
+    if once:
+        losses, gradients = step(0, start)
+    else:  # Without tokens nothing can be indexed, even in a loop of no steps.
+        losses, gradients = jax.lax.fori_loop(0, chunks.steps, step, start) if tokens else start
+    if gradients.hidden is not None:
+        gradients = gradients._replace(hidden=chunks.gather(gradients.hidden))
+    if largest is not None:
+        gradients = _Gradients(*(None if g is None else g * largest for g in gradients))
+    of = zip(gradients, (arrays.hidden, arrays.kernel, arrays.bias, arrays.logit_scale), strict=True)
+    return chunks.gather(losses), _Gradients(*(None if g is None or x is None else _kept(g, x.dtype) for g, x in of))
+
+
+def _sweep_losses(options: Options, live: _Live, arrays: Arrays) -> Float[Array, "tokens ..."]:
+    """`_losses` for AD."""
+    return _sweep(options, _NOTHING, arrays, None, live, differentiable=True)[0]
+
+
+def _sweep_total(options: Options, live: _Live, arrays: Arrays, scale: Array) -> Float[Array, ""]:
+    """`_total` for AD."""
+    return _scaled_sum(scale, _sweep_losses(options, live, arrays))
+
+
+def _sweep_directional(
+    options: Options, wanted: _Wanted, arrays: Arrays, direction: tuple[Array, ...]
+) -> Float[Array, "tokens ..."]:
+    """The derivative of each loss along `direction`, for AD; this device's term of it if the classes are split."""
+    hidden, dtype = arrays.hidden, _compute_dtype(arrays)
+    chunks = _small_chunks(options, arrays, _counts(options, arrays, None), skip=False)
+    given = _given(arrays)
+    operand = given.layer.kernel.dtype
+    parts = iter(direction)
+    hidden_dot, *other_dots = (next(parts) if want else None for want in wanted)
+    hidden_dot = None if hidden_dot is None else chunks.spread(hidden_dot)
+    by_token = chunks.spread(hidden), chunks.spread(arrays.labels)
+
+    @jax.checkpoint
+    def along(
+        x: Array, given: _Given, y: Array, counts: Array, x_dot: Array | None, other_dots: list[Array | None]
+    ) -> Array:
+        kernel_dot, bias_dot, scale_dot = other_dots
+        logits_dot = jnp.zeros((1, 1), dtype) if bias_dot is None else bias_dot[None]
+        if x_dot is not None:
+            logits_dot += _dot(x_dot, given.layer.kernel.astype(dtype), 1, 0, dtype)
+        if kernel_dot is not None:
+            logits_dot += _dot(x.astype(dtype), kernel_dot, 1, 0, dtype)
+
+        def of(unit: Array) -> Array:
+            _, g, of_scale = _losses_and_gradient_of(options, given, None, dtype, x, y, counts, unit)
+            tangent = jnp.sum(g * logits_dot, 1)
+            return tangent if scale_dot is None or of_scale is None else tangent + scale_dot * of_scale
+
+        one = jnp.ones(x.shape[0], dtype)
+        if not options.entropy:
+            return of(one)
+        zero = jnp.zeros_like(one)
+        return jnp.stack([of(jnp.stack(pair, 1)) for pair in ((one, zero), (zero, one))], 1)
+
+    def step(tangent: Array, i: Integer[Array, ""]) -> tuple[Array, None]:
+        counts = chunks.counts(i)
+        x, y = (chunks.take(rows, i) for rows in by_token)
+        x_dot = None if hidden_dot is None else chunks.take(hidden_dot, i)
+        x = jnp.where(counts[:, None], x, 0).astype(operand)
+        rows = along(x, given, y, counts, x_dot, other_dots)
+        return chunks.put(tangent, jnp.where(_beside(rows, counts), rows, 0.0), i), None
+
+    start = vary(
+        chunks.spread(jnp.zeros(options.rows(hidden.shape[0]), dtype)), *jax.tree.leaves((arrays, direction))
+    )
+    tangent = jax.lax.scan(step, start, jnp.arange(chunks.steps))[0] if hidden.shape[0] else start
+    return chunks.gather(tangent)
+
+
+class _Given(NamedTuple):
+    """What makes losses of hidden states."""
+
+    layer: Layer
+    where: Bool[Array, " classes"] | None
+    weight: Float[Array, " classes"] | None
+    added: Added
+
+    def mixture(self, options: Options, labels: Array, x: Float[Array, "size features"]) -> Mixture:
+        """Which losses these are."""
+        logits = self.layer.shape(x)
+        where = None if self.where is None else self.where[None]
+        target = read_target(logits, labels, self.weight, options.loss)
+        return mixture(logits, labels, target, where, self.weight, self.added, options.classes)
+
+    def shown(self, logits: Float[Array, "size classes"]) -> Float[Array, "size classes"]:
+        """Logits without those of hidden classes."""
+        return logits if self.where is None else jnp.where(self.where[None], logits, -jnp.inf)
+
+
+def _given(arrays: Arrays) -> _Given:
+    kernel = arrays.kernel.astype(jnp.result_type(arrays.hidden, arrays.kernel))
+    return _Given(Layer(kernel, arrays.bias, arrays.logit_scale), arrays.where, arrays.weight, arrays.added)
+
+
+def _losses_of(
+    options: Options, given: _Given, near: Center | None, x: Array, labels: Array
+) -> Float[Array, "size ..."]:
+    """The losses of hidden states; without their logits if it is known what these are `near`."""
+    losses = given.mixture(options, labels, x)
+    if near is None:
+        logits = given.shown(_capped(options, given.layer.logits(x)))
+        loss = losses.rows(options.how, logits, jnp.ones((), logits.dtype))
+        return loss if not options.entropy else jnp.stack([loss, entropies(options.classes, logits)], 1)
+    assert losses.label is not None
+    return mixed(losses.label, product_losses(given.layer, near, x, losses.label, options.classes), losses.factors)
+
+
+def _losses_and_gradient_of(
+    options: Options,
+    given: _Given,
+    near: Center | None,
+    stored: DTypeLike,
+    x: Float[Array, "size features"],
+    labels: Array,
+    counts: Bool[Array, " size"],
+    scale: Float[Array, "size ..."],
+) -> tuple[Float[Array, "size ..."], Float[Array, "size classes"], Float[Array, " size"] | None]:
+    """The losses of hidden states, and gradients of `sum(scale * losses)`.
+
+    First with respect to logits before they are scaled; then, if they are held, for each token by what scales them.
+    """
+    layer = given.layer
+    losses = given.mixture(options, labels, x)
+    if losses.label is not None:  # what does not count has no label: no infinity of the kernel may reach it
+        losses = losses._replace(label=jnp.where(counts, losses.label, -1))
+    if near is None:
+        unscaled = layer.unscaled(x)
+        logits = _capped(options, layer.scaled(unscaled))
+        shown = given.shown(logits)
+        of_loss = scale[:, 0] if options.entropy else scale
+        loss, gradient = losses.rows_and_gradient(options.how, shown, of_loss)
+        if options.entropy:
+            h, curved = entropies_and_gradient(options.classes, shown, scale[:, 1])
+            loss = jnp.stack([loss, h], 1)
+            gradient += jnp.where(counts[:, None], curved, 0.0)
+        if options.softcap is not None:
+            gradient = gradient * (1.0 - (logits / options.softcap) ** 2)
+        of_scale = None if layer.scale is None else jnp.sum(gradient * unscaled, 1)
+        return loss, layer.scaled(gradient), of_scale
+    assert losses.label is not None
+    rows = losses.factors.times(layer.scaled(scale)).rows(losses.label)
+    *parts, gradient = product_losses_and_gradient(layer, near, x, losses.label, rows, options.classes, stored)
+    return mixed(losses.label, parts, losses.factors), gradient, None
+
+
+def _capped(options: Options, logits: Float[Array, "size classes"]) -> Float[Array, "size classes"]:
+    return logits if options.softcap is None else options.softcap * jnp.tanh(logits / options.softcap)
+
+
+def _add_product(
+    total: Float[Array, "features classes"], x: Array, g: Array, *, by_class: bool
+) -> Float[Array, "features classes"]:
+    """`total + x.T @ g`, in place, a tile at a time: the whole product would be a second array of that size.
+
+    Tiles of some classes are the faster ones. Tiles of some features move nothing where the classes are split.
+    """
+    axis, size = int(by_class), total.shape[by_class]
+    tile = min(1024 if by_class else max(x.shape[0] // 8, 8), size)
+
+    def step(i: Any, total: Array) -> Array:
+        start = jnp.minimum(i * tile, size - tile)  # the last tile may overlap the one before
+        some = jax.lax.dynamic_slice_in_dim(g if by_class else x, start, tile, 1)
+        some = jnp.where(start + jnp.arange(tile) >= i * tile, some, 0)
+        part = _dot(x, some, 0, 0, total.dtype) if by_class else _dot(some, g, 0, 0, total.dtype)
+        part += jax.lax.dynamic_slice_in_dim(total, start, tile, axis)
+        return jax.lax.dynamic_update_slice_in_dim(total, part, start, axis)
+
+    return jax.lax.fori_loop(0, math.ceil(size / max(tile, 1)), step, total)
+
+
+def _dot(a: Array, b: Array, a_axis: int, b_axis: int, dtype: jnp.dtype) -> Array:
+    """Product of two matrices, contracting the given axes, accumulated and returned in `dtype`."""
+    return jax.lax.dot_general(a, b, (((a_axis,), (b_axis,)), ((), ())), preferred_element_type=dtype)
+
+
+def _small_chunks(options: Options, arrays: Arrays, counts: _Live, *, skip: bool) -> Chunks:
+    return _chunks(options, arrays, counts, chunk_size_in_caches(*arrays.hidden.shape), skip=skip)
+
+
+def _chunks(options: Options, arrays: Arrays, counts: _Live, size: int, *, skip: bool) -> Chunks:
+    tokens = arrays.hidden.shape[0]
+    if options.entropy:  # whose gradient is made beside that of the loss
+        size = -(-size // 2)
+    size = options.chunk_size or size
+    # Under automatic sharding nobody knows yet how the tokens will be split.
+    if unseen_parts(arrays.hidden) > 1:
+        return strided_chunks(tokens, size, counts)
+    return packed_chunks(tokens, size, counts, skip=skip)
+
+
+def _only_by_ad(arrays_dot: Any) -> bool:
+    """Whether there are tangents of what no loop of ours has the gradients of."""
+    others = (arrays_dot.weight, arrays_dot.labels, arrays_dot.added)
+    return any(map(is_perturbed, jax.tree.leaves(others, is_leaf=lambda t: isinstance(t, SymbolicZero))))
+
+
+def _wanted(arrays_dot: Any) -> tuple[_Wanted, tuple[Array, ...]]:
+    """Which of hidden, kernel, bias and logit_scale have tangents, and those tangents."""
+    linear = (arrays_dot.hidden, arrays_dot.kernel, arrays_dot.bias, arrays_dot.logit_scale)
+    wanted: Any = tuple(map(is_perturbed, linear))
+    return wanted, tuple(t for t, want in zip(linear, wanted, strict=True) if want)
+
+
+def _jvp_by_ad(f: Callable[..., Any], primals: Any, tangents: Any) -> tuple[Any, Any]:
+    """`jax.jvp`, given zero tangents as custom_jvp gives them."""
+    leaves, structure = jax.tree.flatten(primals)
+    dots = jax.tree.leaves(tangents, is_leaf=lambda t: isinstance(t, SymbolicZero))
+    moving = [i for i, t in enumerate(dots) if is_perturbed(t)]
+
+    def of_moving(*values: Array) -> Any:
+        every = list(leaves)
+        for i, value in zip(moving, values, strict=True):
+            every[i] = value
+        return f(*jax.tree.unflatten(structure, every))
+
+    return jax.jvp(of_moving, [leaves[i] for i in moving], [dots[i] for i in moving])
