@@ -150,7 +150,8 @@ def draw(runs: dict[str, list[dict[str, float]]], picture: Path) -> None:
         "test_accuracy": "test accuracy",
         "test_loss": "test loss",
     }
-    figure, axes = plt.subplots(4, 1, figsize=(5, 8), sharex=True, layout="constrained")
+    plt.rcParams["font.size"] = 9
+    figure, axes = plt.subplots(4, 1, figsize=(6, 9), sharex=True, layout="constrained")
     for axis, (quantity, title) in zip(axes, titles.items(), strict=True):
         for (name, measurements), style in zip(runs.items(), ("-", "--", ":"), strict=False):
             axis.plot([m["step"] for m in measurements], [m[quantity] for m in measurements], style, label=name)
@@ -158,7 +159,7 @@ def draw(runs: dict[str, list[dict[str, float]]], picture: Path) -> None:
     axes[0].set_yscale("log")
     axes[0].legend()
     axes[-1].set_xlabel("step")
-    figure.savefig(picture, dpi=150)
+    figure.savefig(picture, dpi=120)
 
 
 def main(

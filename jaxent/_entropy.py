@@ -112,5 +112,5 @@ def _back(axis: ClassAxis, how: dict[str, Any], x: Array, g: Array) -> Float[Arr
 def _gradient(axis: ClassAxis, how: dict[str, Any], x: Array) -> Float[Array, "..."]:
     """That is what `softmax` loses along the logits themselves; relative to the largest, whose class may dominate."""
     own = kernels.wide(x)
-    own = jnp.where(own == -jnp.inf, 0.0, own - jax.lax.stop_gradient(axis.max(own)))
+    own = jnp.where(own == -jnp.inf, 0.0, own - axis.max(jax.lax.stop_gradient(own)))
     return -softmax_tangent(x, own, axis=axis, dtype=own.dtype, **how)

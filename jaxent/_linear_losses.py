@@ -292,7 +292,7 @@ def _directional(
     def transposed(*values: Array) -> tuple[Array, ...]:
         known, c = jax.tree.unflatten(structure, values[:count]), values[-1]
         # All parts of the classes have the same cotangents, but types say that they may differ.
-        counts = jnp.any(c.reshape(c.shape[0], -1) != 0.0, 1).astype(jnp.int32)
+        counts = jnp.any(c != 0.0, tuple(range(1, c.ndim))).astype(jnp.int32)
         live = options.classes.total(counts) > 0 if weighted else None
         gradients = _losses_and_gradients(options, wanted, known, c, live)[1]
         return tuple(g.astype(dtype) for g, dtype in zip(jax.tree.leaves(gradients), dtypes, strict=True))

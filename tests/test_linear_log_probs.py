@@ -63,7 +63,7 @@ def theirs(hidden, kernel, bias, scale, *, softcap=None, where=None, chunk_size=
 ARRAYS = HIDDEN, KERNEL, BIAS, np.float64(SCALE)
 
 
-@pytest.mark.more(one_in=4)
+@pytest.mark.more(one_in=9)
 @pytest.mark.parametrize("implementation", [None, "xla"])
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 def test_values_and_derivatives(options, implementation, float64):

@@ -493,6 +493,8 @@ from _mnist_run import stripes
 import train_mnist
 from mnist import run
 
+pytestmark = pytest.mark.xdist_group(__name__)  # by one worker, which trains once
+
 run.obtain = lambda *_: {"train": stripes(500, 0), "test": stripes(100, 1)}
 resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]),) * 2)
 sys.exit(train_mnist.main(["--epochs", "3", "--batch-size", "100", "--workdir", sys.argv[1]]))

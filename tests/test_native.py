@@ -56,7 +56,7 @@ ARGUMENTS = {
 ROWS_ONLY = ("label_loss", "expected_loss", "pick")
 
 
-@pytest.mark.more(one_in=13)
+@pytest.mark.more(one_in=29)
 @pytest.mark.parametrize("special", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("shape", "index"), SHAPES, ids=str)

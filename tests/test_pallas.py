@@ -50,7 +50,7 @@ def _arrays(shape, dtype):
     }
 
 
-@pytest.mark.more(one_in=7)
+@pytest.mark.more(one_in=17)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("machine", [tpu, gpu], ids=["tpu", "gpu"])

@@ -133,7 +133,7 @@ def test_hessians(name, labels, reduction, weight):
     compare(name, labels, weight, reduction, {"label_smoothing": 0.1}, None, hessian=True)
 
 
-@pytest.mark.more(one_in=11)
+@pytest.mark.more(one_in=19)
 @NAMES
 @LABELS
 @REDUCTIONS

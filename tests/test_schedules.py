@@ -44,7 +44,7 @@ def in_torch(labels, smoothing, z, reduction, weight=None):
     return (losses.sum() / share.sum()).numpy()
 
 
-@pytest.mark.more(one_in=3)
+@pytest.mark.more(one_in=5)
 @FUNCTIONS
 @LABELS
 @REDUCTION
@@ -60,7 +60,7 @@ def test_a_traced_scalar_is_as_good_as_a_number(f, labels, reduction, weight):
         np.testing.assert_allclose(loss(smoothing, z), want, rtol=1e-5)
 
 
-@pytest.mark.more(one_in=5)
+@pytest.mark.more(one_in=11)
 @FUNCTIONS
 @LABELS
 @MORE
@@ -97,10 +97,11 @@ def test_another_number_compiles_nothing(f):
     def listen(event, *_, **__):
         compiled.append(event)
 
-    def loss(smoothing, z):
-        return f(HIDDEN, KERNEL, INDICES, label_smoothing=smoothing, z_loss=z)
+    hidden = HIDDEN[:, :4]  # of a shape that no other test has
 
-    jax.clear_caches()
+    def loss(smoothing, z):
+        return f(hidden, KERNEL[:4], INDICES, label_smoothing=smoothing, z_loss=z)
+
     loss(0.1, 0.2)
     jax.monitoring.register_event_duration_secs_listener(listen)
     try:

@@ -94,6 +94,7 @@ def test_check_grads_of_probability_targets():
         check_grads(f, (jnp.asarray(LOGITS), jnp.asarray(TARGETS)), order=2, modes=("fwd", "rev"))
 
 
+@pytest.mark.more
 def test_check_grads_of_class_weights():
     with jax.enable_x64(True):
         x, w = jnp.asarray(LOGITS), jnp.asarray(WEIGHT)
@@ -492,7 +493,7 @@ def test_an_ignored_row_adds_nothing_to_any_derivative(options, bad):
     assert all(jnp.all(a[N] == 0) for a in jax.tree.leaves(got) if a.ndim == 2)
 
 
-@pytest.mark.more(one_in=2)
+@pytest.mark.more
 @pytest.mark.parametrize("reduction", ["none", "mean"])
 def test_no_tracers_leak(reduction):
     with jax.checking_leaks():
