@@ -1,6 +1,7 @@
 """PyTorch's softmax, log_softmax, nll, cross_entropy and linear_cross_entropy for JAX."""
 
 from ._cross_entropy import cross_entropy as cross_entropy
+from ._distillation import distillation_loss as distillation_loss
 from ._entropy import entropy as entropy
 from ._linear_cross_entropy import linear_cross_entropy as linear_cross_entropy
 from ._linear_log_probs import linear_log_probs as linear_log_probs
@@ -11,6 +12,7 @@ from ._softmax import softmax as softmax
 
 __all__ = [
     "cross_entropy",
+    "distillation_loss",
     "entropy",
     "linear_cross_entropy",
     "linear_log_probs",

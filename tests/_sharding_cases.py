@@ -147,6 +147,29 @@ CASES = {
         wrt=(*_LEARNT, "logit_scale"),
         softcap=5.0,
     ),
+    "distillation_loss": _case(
+        jaxent.distillation_loss,
+        {"logits": "nc", "teacher_logits": "nc"},
+        wrt=("logits", "teacher_logits"),
+        reduction="none",
+        train_teacher=True,
+    ),
+    "distillation_loss with all": _case(
+        jaxent.distillation_loss,
+        {"logits": "ncl", "teacher_logits": "ncl", "where": "ncl"},
+        "nl",
+        axis=1,
+        beta=0.3,
+        temperature=2.0,
+        reduction="none",
+    ),
+    "distillation_loss mean": _case(
+        jaxent.distillation_loss,
+        {"logits": "nc", "teacher_logits": "nc", "sample_weight": "n"},
+        "",
+        beta=1.0,
+        reduction="mean",
+    ),
     "cross_entropy of a schedule": _CE(
         _INDICES | {"weight": "c", "label_smoothing": "", "z_loss": ""}, wrt=("logits", "label_smoothing", "z_loss")
     ),
@@ -344,6 +367,7 @@ def test_numbers_of_classes(name, classes, way):
         ("linear_cross_entropy mean", _reverse_over_reverse),
         ("linear_log_probs", _second_order),
         ("entropy where", _second_order),
+        ("distillation_loss with all", _second_order),
         ("linear_cross_entropy with all", _second_order),
         ("linear_cross_entropy with all", _reverse_over_reverse),
     ],

@@ -19,7 +19,7 @@ from jax.interpreters import ad, batching, mlir
 from jax.sharding import AxisType, PartitionSpec
 
 from .._class_axis import ClassAxis
-from . import xla
+from . import divergences, xla
 from .xla import compute_dtype as compute_dtype
 from .xla import wide as wide
 
@@ -194,5 +194,8 @@ label_loss_and_gradient = _row_function(xla.label_loss_and_gradient)
 expected_loss = _row_function(xla.expected_loss)
 expected_loss_and_gradient = _row_function(xla.expected_loss_and_gradient)
 entropy = _row_function(xla.entropy)
+log_ratio = _row_function(divergences.log_ratio)
+difference = _row_function(divergences.difference)
+divergence = _row_function(divergences.divergence)
 pick = _row_function(xla.pick)
 place = _row_function(xla.place)
