@@ -4,6 +4,7 @@ from ._cross_entropy import cross_entropy as cross_entropy
 from ._distillation import distillation_loss as distillation_loss
 from ._entropy import entropy as entropy
 from ._linear_cross_entropy import linear_cross_entropy as linear_cross_entropy
+from ._linear_distillation_loss import linear_distillation_loss as linear_distillation_loss
 from ._linear_log_probs import linear_log_probs as linear_log_probs
 from ._nll import nll as nll
 from ._nll import nll as nll_loss
@@ -15,6 +16,7 @@ __all__ = [
     "distillation_loss",
     "entropy",
     "linear_cross_entropy",
+    "linear_distillation_loss",
     "linear_log_probs",
     "log_softmax",
     "nll",

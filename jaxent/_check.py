@@ -215,6 +215,24 @@ def check_chunk_size(chunk_size: int | None) -> int | None:
     return size
 
 
+def check_product(hidden: FloatArray, kernel: FloatArray, bias: FloatArray | None, whose: str = "") -> None:
+    """Require hidden states, a kernel and maybe a bias that fit each other; `whose` stands before their names."""
+    check_floating(f"{whose}hidden", hidden)
+    check_floating(f"{whose}kernel", kernel)
+    if not hidden.ndim:
+        raise ValueError(f"{whose}hidden must have a feature axis, got a scalar of shape ()")
+    if kernel.ndim != 2 or kernel.shape[0] != hidden.shape[-1]:
+        raise ValueError(
+            f"{whose}kernel must have shape ({hidden.shape[-1]}, classes) to fit {whose}hidden of shape "
+            f"{hidden.shape}, got shape {kernel.shape}"
+        )
+    if bias is not None:
+        check_floating(f"{whose}bias", bias)
+        classes = kernel.shape[1:]
+        if bias.shape != classes:
+            raise ValueError(f"{whose}bias must have shape {classes}, one entry per class, got shape {bias.shape}")
+
+
 def check_layer(
     hidden: FloatArray,
     kernel: FloatArray,
@@ -224,19 +242,7 @@ def check_layer(
     softcap: float | None,
 ) -> None:
     """Require what makes the logits of a linear layer."""
-    check_floating("hidden", hidden)
-    check_floating("kernel", kernel)
-    if not hidden.ndim:
-        raise ValueError("hidden must have a feature axis, got a scalar of shape ()")
-    if kernel.ndim != 2 or kernel.shape[0] != hidden.shape[-1]:
-        raise ValueError(
-            f"kernel must have shape ({hidden.shape[-1]}, classes) to fit hidden of shape {hidden.shape}, "
-            f"got shape {kernel.shape}"
-        )
-    if bias is not None:
-        check_floating("bias", bias)
-        if bias.shape != kernel.shape[1:]:
-            raise ValueError(f"bias must have shape {kernel.shape[1:]}, one entry per class, got shape {bias.shape}")
+    check_product(hidden, kernel, bias)
     if where is not None:
         _check_boolean("where", where)
         if where.shape != kernel.shape[1:]:

@@ -104,20 +104,31 @@ def distillation_loss(
     classes = class_axis(normalize_axis("logits", logits.shape, axis), check_axis_name(axis_name))
     check_reduction(reduction)
     check_sample_weight(sample_weight, classes.rows(logits.shape))
+    options = _Options(classes, check_divergence(temperature, beta), reduction, bool(train_teacher))
+    return _distillation_loss(logits, teacher_logits, where, sample_weight, options)
+
+
+class Divergence(NamedTuple):
+    """Which one."""
+
+    temperature: float
+    beta: float
+
+
+def check_divergence(temperature: float, beta: float) -> Divergence:
+    """Require numbers that make a divergence."""
     if not 0.0 < check_number("temperature", temperature) < math.inf:
         raise ValueError(f"temperature must be positive and finite, got {temperature}")
     if not 0.0 <= check_number("beta", beta) <= 1.0:
         raise ValueError(f"beta must lie in [0, 1], got {beta}")
-    options = _Options(classes, float(temperature), float(beta), reduction, bool(train_teacher))
-    return _distillation_loss(logits, teacher_logits, where, sample_weight, options)
+    return Divergence(float(temperature), float(beta))
 
 
 class _Options(NamedTuple):
     """What is compiled in."""
 
     axis: ClassAxis
-    temperature: float
-    beta: float
+    divergence: Divergence
     reduction: Reduction
     train_teacher: bool
 
@@ -138,12 +149,24 @@ def _distillation_loss(
         teacher = jax.lax.stop_gradient(teacher)
     if dtype.itemsize > 4:
         x, teacher = x.astype(dtype), teacher.astype(dtype)
-    losses = kernels.divergence(x, teacher, axis=axis, temperature=options.temperature, beta=options.beta)
+    losses = divergences(axis, options.divergence, x, teacher)
     v = None if sample_weight is None else jnp.broadcast_to(jnp.asarray(sample_weight, dtype), losses.shape)
     if empty is not None:
         v = jnp.where(empty, 0.0, jnp.ones((), dtype) if v is None else v)
     scale = scale_of_all(losses.shape, axis.size(x), v, options.reduction, dtype)
     return reduced(losses if v is None else times(v, losses), scale)
+
+
+def divergences(axis: ClassAxis, which: Divergence, x: Array, teacher: Array) -> Float[Array, "..."]:
+    """The divergence of each row."""
+    return kernels.divergence(x, teacher, axis=axis, **which._asdict())
+
+
+def divergences_and_gradient(
+    axis: ClassAxis, which: Divergence, x: Array, teacher: Array, scale: Float[Array, "..."]
+) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
+    """It, and the gradient of their sum with scales; this device's part if the classes are split."""
+    return divergences(axis, which, x, teacher), axis.expand(scale) * _of_student(axis, *which, x, teacher)
 
 
 # Rules. A gradient is written with the ratio of both probabilities, and moves as that does.
@@ -174,9 +197,12 @@ def _along(axis: ClassAxis, gradient: Gradient, x: Array, teacher: Array, t: Arr
 
 
 def _back(axis: ClassAxis, gradient: Gradient, dtype: Any, x: Array, teacher: Array, g: Array) -> Float[Array, "..."]:
-    """Its transpose, where a row whose cotangent is 0 may be NaN."""
+    """Its transpose, where a row whose cotangent is 0 may hold anything."""
     g = axis.expand(g)
-    return jnp.where(g == 0.0, 0.0, g * gradient(x, teacher)).astype(dtype)
+    senseless = jnp.isnan(x) | jnp.isnan(teacher) | (x == jnp.inf) | (teacher == jnp.inf)
+    hidden = (g == 0.0) & (axis.sum(senseless) > 0)
+    x, teacher = (jnp.where(hidden, jnp.zeros((), y.dtype), y) for y in (x, teacher))
+    return (g * gradient(x, teacher)).astype(dtype)
 
 
 def _of_student(axis: ClassAxis, temperature: float, beta: float, x: Array, teacher: Array) -> Float[Array, "..."]:

@@ -24,6 +24,7 @@ from ._chunks import (
 )
 from ._class_axis import ClassAxis, vary
 from ._cross_entropy import Added, LossOptions, Mixture, mixture, read_target, scale_of
+from ._distillation import Divergence, divergences, divergences_and_gradient
 from ._entropy import entropies, entropies_and_gradient
 from ._label_loss import How, is_easily_underflown, is_perturbed, mixed
 from ._linear import inner, linear, times
@@ -38,6 +39,7 @@ class Options(NamedTuple):
     softcap: float | None
     chunk_size: int | None
     entropy: bool = False  # beside each loss, in an axis of two; for `reduction="none"`
+    divergence: Divergence | None = None  # from a teacher, in place of the loss of labels
 
     def rows(self, tokens: Any) -> tuple[Any, ...]:
         """The shape of what is known of so many tokens."""
@@ -52,8 +54,15 @@ class Options(NamedTuple):
         return How(self.loss.axis, self.loss.implementation)
 
 
+class Teacher(NamedTuple):
+    """The last layer of another model."""
+
+    kernel: Float[Array, "features classes"]
+    bias: Float[Array, " classes"] | None
+
+
 class Arrays(NamedTuple):
-    """What is not. `hidden` and `labels` have a row per token."""
+    """What is not. `hidden` and `labels` have a row per token; with a teacher, labels are its hidden states."""
 
     hidden: Float[Array, "..."]
     kernel: Float[Array, "features classes"]
@@ -63,6 +72,7 @@ class Arrays(NamedTuple):
     weight: Float[Array, " classes"] | None
     labels: Shaped[Array, "..."]
     added: Added
+    teacher: Teacher | None = None
 
 
 class _Gradients(NamedTuple):
@@ -125,10 +135,16 @@ def _across_devices(
             f"{of_hidden.spec} and {of_kernel.spec}"
         )
     of_classes = PartitionSpec(of_kernel.spec[1])
-    of_labels = PartitionSpec(*lead, *(of_classes if arrays.labels.ndim > len(lead) else ()))
+    with_classes = arrays.labels.ndim > len(lead) and arrays.teacher is None
+    of_labels = PartitionSpec(*lead, *(of_classes if with_classes else ()))
     specs = (of_hidden.spec, of_kernel.spec, of_classes, PartitionSpec(), of_classes, of_classes, of_labels)
     specs = [None if x is None else spec for x, spec in zip(arrays, specs, strict=False)]
-    specs.append(Added(*cast(Any, (None if x is None else PartitionSpec() for x in arrays.added))))
+    of_added = Added(*cast(Any, (None if x is None else PartitionSpec() for x in arrays.added)))
+    of_teacher = None
+    if arrays.teacher is not None:
+        of_bias: Any = None if arrays.teacher.bias is None else of_classes
+        of_teacher = Teacher(of_kernel.spec, of_bias)
+    specs += [of_added, of_teacher]
     specs = tuple(specs), None if v is None else PartitionSpec(*lead)
     shardings = jax.tree.map(partial(NamedSharding, mesh), specs)
     parts = jax.tree.map(jax.sharding.reshard, (tuple(arrays), v), shardings)
@@ -441,6 +457,7 @@ def _loop(
         counts = chunks.counts(i)
         x, y, s = (chunks.take(rows, i) for rows in by_token)
         x = jnp.where(counts[:, None], x, 0).astype(operand)  # NaNs of a row that does not count must not spread
+        y = y if arrays.teacher is None else jnp.where(counts[:, None], y, 0)
         s = jnp.where(_beside(s, counts), s, 0.0)
         loss, terms = products(x, given, y, counts, s)
         of_hidden, of_kernel, of_bias, of_scale = gradients
@@ -534,6 +551,7 @@ def _sweep_directional(
         x, y = (chunks.take(rows, i) for rows in by_token)
         x_dot = None if hidden_dot is None else chunks.take(hidden_dot, i)
         x = jnp.where(counts[:, None], x, 0).astype(operand)
+        y = y if arrays.teacher is None else jnp.where(counts[:, None], y, 0)
         rows = along(x, given, y, counts, x_dot, other_dots)
         return chunks.put(tangent, jnp.where(_beside(rows, counts), rows, 0.0), i), None
 
@@ -551,6 +569,7 @@ class _Given(NamedTuple):
     where: Bool[Array, " classes"] | None
     weight: Float[Array, " classes"] | None
     added: Added
+    teacher: Layer | None
 
     def mixture(self, options: Options, labels: Array, x: Float[Array, "size features"]) -> Mixture:
         """Which losses these are."""
@@ -566,13 +585,21 @@ class _Given(NamedTuple):
 
 def _given(arrays: Arrays) -> _Given:
     kernel = arrays.kernel.astype(jnp.result_type(arrays.hidden, arrays.kernel))
-    return _Given(Layer(kernel, arrays.bias, arrays.logit_scale), arrays.where, arrays.weight, arrays.added)
+    teacher = None
+    if arrays.teacher is not None:
+        dtype = jnp.result_type(arrays.labels, arrays.teacher.kernel)
+        teacher = Layer(arrays.teacher.kernel.astype(dtype), arrays.teacher.bias)
+    layer = Layer(kernel, arrays.bias, arrays.logit_scale)
+    return _Given(layer, arrays.where, arrays.weight, arrays.added, teacher)
 
 
 def _losses_of(
     options: Options, given: _Given, near: Center | None, x: Array, labels: Array
 ) -> Float[Array, "size ..."]:
     """The losses of hidden states; without their logits if it is known what these are `near`."""
+    if options.divergence is not None and given.teacher is not None:
+        logits, of_teacher = given.shown(given.layer.logits(x)), given.shown(_logits(given.teacher, labels))
+        return divergences(options.classes, options.divergence, logits, of_teacher)
     losses = given.mixture(options, labels, x)
     if near is None:
         logits = given.shown(_capped(options, given.layer.logits(x)))
@@ -597,6 +624,10 @@ def _losses_and_gradient_of(
     First with respect to logits before they are scaled; then, if they are held, for each token by what scales them.
     """
     layer = given.layer
+    if options.divergence is not None and given.teacher is not None:
+        logits, of_teacher = given.shown(layer.logits(x)), given.shown(_logits(given.teacher, labels))
+        scale = jnp.where(counts, scale, 0.0)
+        return *divergences_and_gradient(options.classes, options.divergence, logits, of_teacher, scale), None
     losses = given.mixture(options, labels, x)
     if losses.label is not None:  # what does not count has no label: no infinity of the kernel may reach it
         losses = losses._replace(label=jnp.where(counts, losses.label, -1))
@@ -618,6 +649,10 @@ def _losses_and_gradient_of(
     rows = losses.factors.times(layer.scaled(scale)).rows(losses.label)
     *parts, gradient = product_losses_and_gradient(layer, near, x, losses.label, rows, options.classes, stored)
     return mixed(losses.label, parts, losses.factors), gradient, None
+
+
+def _logits(layer: Layer, x: Float[Array, "size features"]) -> Float[Array, "size classes"]:
+    return layer.logits(x.astype(layer.kernel.dtype))
 
 
 def _capped(options: Options, logits: Float[Array, "size classes"]) -> Float[Array, "size classes"]:
@@ -656,8 +691,8 @@ def _small_chunks(options: Options, arrays: Arrays, counts: _Live, *, skip: bool
 
 def _chunks(options: Options, arrays: Arrays, counts: _Live, size: int, *, skip: bool) -> Chunks:
     tokens = arrays.hidden.shape[0]
-    if options.entropy:  # whose gradient is made beside that of the loss
-        size = -(-size // 2)
+    # What is made beside the logits and the gradient: of entropies a gradient, of divergences what they are made of.
+    size = -(-size // (2 if options.entropy else 5 if options.divergence else 1))
     size = options.chunk_size or size
     # Under automatic sharding nobody knows yet how the tokens will be split.
     if unseen_parts(arrays.hidden) > 1:
@@ -667,7 +702,7 @@ def _chunks(options: Options, arrays: Arrays, counts: _Live, size: int, *, skip:
 
 def _only_by_ad(arrays_dot: Any) -> bool:
     """Whether there are tangents of what no loop of ours has the gradients of."""
-    others = (arrays_dot.weight, arrays_dot.labels, arrays_dot.added)
+    others = (arrays_dot.weight, arrays_dot.labels, arrays_dot.added, arrays_dot.teacher)
     return any(map(is_perturbed, jax.tree.leaves(others, is_leaf=lambda t: isinstance(t, SymbolicZero))))
 
 

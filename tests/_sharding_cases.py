@@ -170,6 +170,20 @@ CASES = {
         beta=1.0,
         reduction="mean",
     ),
+    "linear_distillation_loss": _case(
+        partial(jaxent.linear_distillation_loss, chunk_size=4),
+        {"hidden": "nd", "kernel": "dc", "teacher_hidden": "nl", "teacher_kernel": "lc", "bias": "c"},
+        wrt=_LEARNT,
+        reduction="none",
+        beta=0.3,
+    ),
+    "linear_distillation_loss mean": _case(
+        partial(jaxent.linear_distillation_loss, chunk_size=4, train_teacher=True),
+        {"hidden": "nd", "kernel": "dc", "teacher_hidden": "nl", "teacher_kernel": "lc", "teacher_bias": "c"},
+        "",
+        wrt=("hidden", "kernel", "teacher_kernel"),
+        reduction="mean",
+    ),
     "cross_entropy of a schedule": _CE(
         _INDICES | {"weight": "c", "label_smoothing": "", "z_loss": ""}, wrt=("logits", "label_smoothing", "z_loss")
     ),

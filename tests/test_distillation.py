@@ -173,6 +173,18 @@ def test_weights_and_masks(beta, reduction, float64):
     np.testing.assert_allclose(jax.jacrev(ours)(students), want, rtol=1e-12, atol=1e-15)
 
 
+def test_the_derivative_by_a_weight_of_0_is_the_divergence(float64):
+    def loss(weight, x):
+        return distillation_loss(x, TEACHER, sample_weight=weight, reduction="sum")
+
+    nothing = np.zeros(N)
+    rows = distillation_loss(STUDENT, TEACHER, reduction="none")
+    np.testing.assert_allclose(jax.grad(loss)(nothing, STUDENT), rows, rtol=1e-12)
+    mixed = jax.jacfwd(jax.grad(loss, 1))(nothing, STUDENT)  # of each row's gradient by each weight
+    gradient = jax.grad(loss, 1)(np.ones(N), STUDENT)
+    np.testing.assert_allclose(np.einsum("nkn->nk", mixed), gradient, rtol=1e-12, atol=1e-15)
+
+
 @pytest.mark.parametrize(("beta", "expected"), [(0.0, np.inf), (0.5, None), (1.0, None)])
 def test_a_student_that_excludes_a_class(beta, expected, float64):
     """Is infinitely far from a teacher that does not, in the forward direction alone."""

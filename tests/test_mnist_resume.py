@@ -31,6 +31,8 @@ from mnist.idx import Digits
 from mnist.model import make_network
 from mnist.workdir import WorkdirError, alone
 
+pytestmark = pytest.mark.xdist_group(__name__)  # by one worker, which trains once
+
 HERE = Path(__file__).parent
 RUN = {"epochs": 12, "batch_size": 25}  # of 20 steps each
 
@@ -492,8 +494,6 @@ from pathlib import Path
 from _mnist_run import stripes
 import train_mnist
 from mnist import run
-
-pytestmark = pytest.mark.xdist_group(__name__)  # by one worker, which trains once
 
 run.obtain = lambda *_: {"train": stripes(500, 0), "test": stripes(100, 1)}
 resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]),) * 2)
