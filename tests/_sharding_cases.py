@@ -218,8 +218,8 @@ def arguments_of(case, sizes=SIZES):
             arguments[name] = (rng.uniform(0.5, 2, shape) * (np.arange(sizes["n"]) % 5 > 0)).astype(case.dtype)
         elif name == "labels":
             arguments[name] = (rng.random(shape) / sizes["c"]).astype(case.dtype)
-        elif name == "kernel":  # such that logits are of the size that they have elsewhere
-            arguments[name] = (rng.normal(size=shape) / np.sqrt(sizes["d"])).astype(case.dtype)
+        elif "kernel" in name:  # such that logits are of the size that they have elsewhere
+            arguments[name] = (rng.normal(size=shape) / np.sqrt(shape[0])).astype(case.dtype)
         else:
             arguments[name] = (rng.normal(size=shape) * 3).astype(case.dtype)
     axes = case.arrays.get("labels")
