@@ -196,12 +196,15 @@ def check_ignore_index(ignore_index: int | None) -> int | None:
 
 def check_scalar(name: str, value: Scalar) -> None:
     """Require a number, or an array that is one."""
-    if isinstance(value, jax.Array | np.ndarray | np.generic):
-        check_floating(name, np.asarray(value) if isinstance(value, np.generic) else value)
+    if isinstance(value, jax.Array | np.ndarray):
+        check_floating(name, value)
         if value.shape:
             raise ValueError(f"{name} must be a scalar, got shape {value.shape}")
-    else:
-        check_number(name, value)
+        return
+    try:
+        float(value)
+    except (TypeError, ValueError):
+        raise TypeError(f"{name} must be a number or a scalar of a floating dtype, got {value!r}") from None
 
 
 def check_chunk_size(chunk_size: int | None) -> int | None:
@@ -299,8 +302,9 @@ def check_indices(
     name: str, shape: tuple[int, ...], labels: Labels, axis: ClassAxis, ignore_index: int | None
 ) -> Integer[AnyArray, "..."]:
     """`labels` as an array of class indices, whose shape fits scores called `name` of `shape`."""
-    if not isinstance(labels, (int, np.integer)) and kind_of("labels", labels) == "floating":
-        raise TypeError(f"labels must have an integer dtype (class indices), got {labels.dtype}")
+    array = np.asarray(labels) if isinstance(labels, (int, np.integer)) else labels
+    if kind_of("labels", array) != "integer":
+        raise TypeError(f"labels must have an integer dtype (class indices), got {array.dtype}")
     return check_labels(name, shape, labels, axis, ignore_index, movable=False)
 
 

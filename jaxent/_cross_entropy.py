@@ -151,15 +151,13 @@ loss_options = functools.cache(LossOptions)  # one object for equal options, see
 class Added(NamedTuple):
     """What is added to the label's own loss, None where nothing is: a schedule changes it without compiling anew."""
 
-    kept: Scalar | None  # of the label, when `uniform` of it is spread over the classes
-    uniform: Scalar | None
+    uniform: Scalar | None  # the share of the label that is spread over the classes
     z_loss: Scalar | None
 
 
 def added(label_smoothing: Scalar, z_loss: Scalar) -> Added:
     """What these two numbers add."""
-    uniform, z = (x if isinstance(x, jax.Array) else float(x) or None for x in (label_smoothing, z_loss))
-    return Added(None if uniform is None else 1.0 - uniform, uniform, z)
+    return Added(*(x if isinstance(x, jax.Array) else float(x) or None for x in (label_smoothing, z_loss)))
 
 
 @partial(jax.jit, static_argnums=6)
@@ -273,17 +271,17 @@ def mixture(
 ) -> Mixture:
     """Which losses make up cross-entropy with these labels and what is added to them."""
     dtype = compute_dtype(x.dtype)
-    kept, mass, z = (None if value is None else jnp.asarray(value, dtype) for value in added)
+    mass, z = (None if value is None else jnp.asarray(value, dtype) for value in added)
     uniform = None if mass is None else _uniform(mass, x, where, axis)
     if target is None:
         q = jnp.asarray(labels)
         q = q if q.dtype.itemsize < dtype.itemsize else q.astype(dtype)  # narrower ones stay as they are
-        if kept is not None and uniform is not None:
-            q = kept * q.astype(dtype) + uniform
+        if mass is not None and uniform is not None:
+            q = (1.0 - mass) * q.astype(dtype) + uniform
         rows = axis.rows(x.shape)
         nobody = None if z is None else jnp.zeros(rows, jnp.int32)
         return Mixture(nobody, Factors(None, None, z), scale_classes(q, weight, axis), None)
-    a = jnp.ones((), dtype) if kept is None else kept
+    a = jnp.ones((), dtype) if mass is None else 1.0 - mass
     a = a if target.weight is None else a * target.weight
     if uniform is None or (weight is None and where is None):
         return Mixture(target.label, Factors(a, mass, z), None, None)
@@ -298,4 +296,4 @@ def _uniform(
     if where is None:
         return mass / max(axis.size(x), 1)
     keep = jnp.broadcast_to(where, x.shape)
-    return jnp.where(keep, mass / axis.sum(keep).astype(mass.dtype), 0.0)
+    return jnp.where(keep, mass / jnp.maximum(axis.sum(keep), 1).astype(mass.dtype), 0.0)

@@ -142,7 +142,7 @@ def _distillation_loss(
     options: _Options,
 ) -> Float[Array, "..."]:
     axis = options.axis
-    dtype = kernels.compute_dtype(jnp.result_type(logits, teacher_logits))
+    dtype = jnp.result_type(*(kernels.compute_dtype(y.dtype) for y in (logits, teacher_logits)))
     x, empty = hide_classes(jnp.asarray(logits), where, axis)
     teacher, _ = hide_classes(jnp.asarray(teacher_logits), where, axis)
     if not options.train_teacher:
@@ -200,6 +200,8 @@ def _back(axis: ClassAxis, gradient: Gradient, dtype: Any, x: Array, teacher: Ar
     """Its transpose, where a row whose cotangent is 0 may hold anything."""
     g = axis.expand(g)
     senseless = jnp.isnan(x) | jnp.isnan(teacher) | (x == jnp.inf) | (teacher == jnp.inf)
+    senseless |= (x == -jnp.inf) != (teacher == -jnp.inf)  # may be infinitely far from each other
+    senseless |= (axis.max(x) == -jnp.inf) | (axis.max(teacher) == -jnp.inf)
     hidden = (g == 0.0) & (axis.sum(senseless) > 0)
     x, teacher = (jnp.where(hidden, jnp.zeros((), y.dtype), y) for y in (x, teacher))
     return (g * gradient(x, teacher)).astype(dtype)

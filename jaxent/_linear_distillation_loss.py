@@ -46,7 +46,7 @@ def linear_distillation_loss(
     Value and derivatives are those of `distillation_loss(hidden @ kernel + bias, teacher_hidden @ teacher_kernel +
     teacher_bias, ...)`, whose docstring has the formulas. A loop over chunks of tokens makes a chunk's logits of
     both, its divergences and its share of the student's gradients, as `linear_cross_entropy` does: four matrix
-    products.
+    products, and six for `reduction="none"`, where both logits are made once more.
 
     Args:
         hidden: inputs of the student's last layer, shape `(..., features)`; a floating dtype.
@@ -59,7 +59,8 @@ def linear_distillation_loss(
         beta: 0 for the forward divergence, 1 for the reverse one, or between.
         where: boolean mask of shape `(classes,)`; classes where it is False do not exist.
         sample_weight: one weight or truth value per token, of the shape of `hidden` without its last axis or with 1
-            in place of some sizes. For a token of weight 0, as padding has, no work is done.
+            in place of some sizes. Where all tokens are on one device, no work is done for those of weight 0, as
+            padding has, but to fill up the last chunk.
         reduction: `"none"`, `"mean"` over the tokens, by their weights, or `"sum"`.
         train_teacher: whether the teacher's arrays get gradients, too, at the price of an array like each kernel.
         chunk_size: how many tokens' logits to hold at once; None chooses it from the shapes.

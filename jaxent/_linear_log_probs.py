@@ -91,7 +91,8 @@ def linear_log_probs(
         labels: class indices, of the shape of `hidden` without its last axis; an int for a single token.
         bias: shape `(classes,)`.
         ignore_index: tokens with this label, as those of a prompt or of padding, have 0 for either result, whatever
-            `hidden` holds there, and no work is done for them; None ignores none.
+            `hidden` holds there; None ignores none. Where all tokens are on one device, no work is done for them but
+            to fill up the last chunk.
         where: boolean mask of shape `(classes,)`; classes where it is False do not exist. A label on such a class has
             the log-probability -inf.
         logit_scale: multiplies the logits, bias included, before all else, as the reciprocal of a temperature; a
@@ -131,7 +132,7 @@ def linear_log_probs(
     check_range(indices, kernel.shape[1] * axis.parts(), ignore_index, None)
     check_implementation(implementation)
     loss = loss_options(class_axis(1, axis.names), ignore_index, "none", implementation)
-    options = Options(loss, None if softcap is None else float(softcap), check_chunk_size(chunk_size), entropy)
+    options = Options(loss, None if softcap is None else float(softcap), check_chunk_size(chunk_size), bool(entropy))
     arrays = Arrays(hidden, kernel, bias, logit_scale, where, None, indices, added(0.0, 0.0))  # pyright: ignore[reportArgumentType]
     return _log_probs(arrays, options)
 
@@ -139,4 +140,4 @@ def linear_log_probs(
 @partial(jax.jit, static_argnums=1)
 def _log_probs(arrays: Arrays, options: Options) -> Array | tuple[Array, Array]:
     rows = linear_losses(arrays, None, options)
-    return (-rows[..., 0], rows[..., 1]) if options.entropy else -rows
+    return (0.0 - rows[..., 0], rows[..., 1]) if options.entropy else 0.0 - rows

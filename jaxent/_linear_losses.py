@@ -94,6 +94,8 @@ def linear_losses(arrays: Arrays, sample_weight: WeightArray | None, options: Op
     """Losses of tokens, or their scaled sum."""
     arrays = jax.tree.map(_at_least_half, arrays)
     dtype, v = _compute_dtype(arrays), None
+    if arrays.teacher is not None and dtype.itemsize > 4:  # of one of the two, which are compared
+        arrays = jax.tree.map(partial(_converted, dtype), arrays)
     if arrays.logit_scale is not None:
         arrays = arrays._replace(logit_scale=arrays.logit_scale.astype(dtype))
     if sample_weight is not None:
@@ -115,6 +117,11 @@ def _at_least_half(x: Any) -> Array:
     x = jnp.asarray(x)
     narrow = jnp.issubdtype(x.dtype, jnp.floating) and jnp.finfo(x.dtype).bits < 16
     return x.astype(jnp.float32) if narrow else x
+
+
+def _converted(dtype: jnp.dtype, x: Array) -> Array:
+    """Floats in `dtype`."""
+    return x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x
 
 
 def _across_devices(
@@ -199,7 +206,8 @@ def _on_device(
 
 
 def _compute_dtype(arrays: Arrays) -> jnp.dtype:
-    return jnp.promote_types(jnp.result_type(arrays.hidden, arrays.kernel), jnp.float32)
+    of_teacher = () if arrays.teacher is None else (arrays.labels, arrays.teacher.kernel)
+    return jnp.promote_types(jnp.result_type(arrays.hidden, arrays.kernel, *of_teacher), jnp.float32)
 
 
 # Two functions of the arrays: the losses one by one, and their scaled sum. The rules of both are loops in which the

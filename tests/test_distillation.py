@@ -173,6 +173,23 @@ def test_weights_and_masks(beta, reduction, float64):
     np.testing.assert_allclose(jax.jacrev(ours)(students), want, rtol=1e-12, atol=1e-15)
 
 
+@BETAS
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_an_example_of_weight_0_may_hold_anything(beta, bad):
+    weight = np.arange(N) != 2
+    for which, columns in ((0, slice(0, 1)), (1, slice(0, 1)), (0, slice(None))):
+        pair = [STUDENT.copy(), TEACHER.copy()]
+        pair[which][2, columns] = bad
+
+        def loss(x, t):
+            return distillation_loss(x, t, beta=beta, sample_weight=weight, train_teacher=True)
+
+        value, gradients = jax.value_and_grad(loss, (0, 1))(*pair)
+        want, wanted = jax.value_and_grad(loss, (0, 1))(STUDENT, TEACHER)
+        np.testing.assert_allclose(value, want, rtol=1e-6)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), gradients, wanted)
+
+
 def test_the_derivative_by_a_weight_of_0_is_the_divergence(float64):
     def loss(weight, x):
         return distillation_loss(x, TEACHER, sample_weight=weight, reduction="sum")

@@ -111,6 +111,22 @@ def test_memory():
     assert memory.temp_size_in_bytes <= 0.06 * tokens * classes * 4
 
 
+def test_a_teacher_of_a_wider_dtype(float64):
+    narrow = [x.astype(np.float32) for x in (HIDDEN, KERNEL)]
+
+    def loss(hidden, kernel, bias):
+        arrays = hidden, kernel, STATES, OF_TEACHER
+        return linear_distillation_loss(*arrays, bias=bias, train_teacher=True, chunk_size=2)
+
+    bias = BIAS.astype(np.float32)
+    value, gradients = jax.value_and_grad(loss, (0, 1, 2))(*narrow, bias)
+    want, wanted = jax.value_and_grad(loss, (0, 1, 2))(*(x.astype(np.float64) for x in (*narrow, bias)))
+    assert value.dtype == jnp.float64
+    np.testing.assert_allclose(value, want, rtol=1e-12)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-8), gradients, wanted)
+    jax.hessian(loss)(*narrow, bias)
+
+
 def test_half_precision_is_computed_in_float32():
     arrays = [jnp.asarray(x, jnp.bfloat16) for x in ARRAYS[:4]]
     wide = [x.astype(jnp.float32) for x in arrays]

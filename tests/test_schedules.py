@@ -123,4 +123,23 @@ def test_what_is_no_such_scalar_is_refused(f):
     refused(ValueError, r"label_smoothing must lie in \[0, 1\], got nan", label_smoothing=np.float32("nan"))
     refused(ValueError, r"z_loss must be a scalar, got shape \(2,\)", z_loss=jnp.ones(2))
     refused(TypeError, "label_smoothing must have a floating dtype, got int32", label_smoothing=jnp.int32(1))
-    refused(TypeError, "z_loss must be a number", z_loss="much")
+    refused(TypeError, "z_loss must be a number or a scalar of a floating dtype", z_loss="much")
+
+
+@FUNCTIONS
+def test_scalars_of_other_kinds(f):
+    """Shares add up to 1 in float32, however narrow the scalar that says them is."""
+    for narrow in (jnp.bfloat16(0.1), np.float16(0.1)):
+        got = f(HIDDEN, KERNEL, INDICES, label_smoothing=narrow, z_loss=np.int64(0))
+        np.testing.assert_allclose(got, in_torch(INDICES, float(narrow), 0.0, "mean"), rtol=1e-5)
+
+
+def test_a_row_without_classes_says_nothing_of_smoothing():
+    where = np.ones((N, C), bool)
+    where[0] = False
+    logits = HIDDEN @ KERNEL
+
+    def loss(smoothing, rows=slice(None)):
+        return jaxent.cross_entropy(logits[rows], INDICES[rows], where=where[rows], label_smoothing=smoothing)
+
+    np.testing.assert_allclose(jax.grad(loss)(0.1), jax.grad(loss)(0.1, rows=slice(1, None)), rtol=1e-5)
