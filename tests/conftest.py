@@ -21,7 +21,6 @@ from collections import defaultdict
 import jax
 import pytest
 from hypothesis import HealthCheck, settings
-from jax.experimental.compilation_cache import compilation_cache
 
 import jaxent
 from jaxent import _kernels as kernels
@@ -74,24 +73,6 @@ def _runs(item, number, rest):
         return marker is not None or not rest
     one_in = marker.kwargs.get("one_in")
     return rest != (one_in is not None and number % one_in == 0)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def trainings_compile_once(request, tmp_path_factory):
-    """A cache of compiled programs for the tests of train_mnist.py, which start it again and again."""
-    if not request.module.__name__.startswith("test_mnist"):
-        yield
-        return
-    folder = tmp_path_factory.getbasetemp()
-    folder = (folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder) / "compiled"  # all workers share it
-    before = jax.config.jax_compilation_cache_dir
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("JAX_COMPILATION_CACHE_DIR", str(folder))  # of processes
-        jax.config.update("jax_compilation_cache_dir", str(folder))
-        compilation_cache.reset_cache()
-        yield
-    jax.config.update("jax_compilation_cache_dir", before)
-    compilation_cache.reset_cache()
 
 
 @functools.cache  # one object each, so that what jit has compiled for it is found again

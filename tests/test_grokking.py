@@ -12,8 +12,6 @@ pytest.importorskip("tyro")
 from examples import grokking
 from examples.grokking import RUNS, Config
 
-pytestmark = pytest.mark.xdist_group(__name__)  # by one worker, which trains once
-
 FAST = Config(modulus=7, train_share=0.6, width=32, steps=300, learning_rate=0.3, every=300)
 
 

@@ -15,8 +15,6 @@ pytest.importorskip("tyro")
 from examples import train_lm
 from examples.train_lm import Config, Loss
 
-pytestmark = pytest.mark.xdist_group(__name__)  # by one worker, which trains once
-
 TINY = Config(vocabulary=2048, width=16, layers=1, heads=2, length=64, batch_size=16, steps=8)
 
 

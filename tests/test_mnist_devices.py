@@ -26,8 +26,6 @@ from mnist import checkpoints, devices, training
 from mnist.config import Config, ConfigError
 from mnist.model import make_network
 
-pytestmark = pytest.mark.xdist_group(__name__)  # by one worker, which trains once
-
 HERE = Path(__file__).parent
 RUN = {"epochs": 2, "batch_size": 40}  # of 12 steps each
 

@@ -24,8 +24,6 @@ from mnist import data, pictures
 from mnist.datasets import DATASETS, FASHION_MNIST, MNIST
 from mnist.idx import Digits
 
-pytestmark = pytest.mark.xdist_group(__name__)  # by one worker, which trains once
-
 DIGITS = data.load(data.SAMPLE)["test"]
 CHOSEN = range(0, 2000, 40)  # fifty digits, five of each class or about as many
 

@@ -14,8 +14,6 @@ from PIL import Image
 from mnist import report
 from mnist.board import write_events
 
-pytestmark = pytest.mark.xdist_group(__name__)  # by one worker, which trains once
-
 NAMES = tuple("abcdefghij")
 HISTORY = [
     {"epoch": e, "step": 40 * e, "train_loss": 0.5**e, "test_loss": 0.6**e, "test_accuracy": 1 - 0.1 / e}

@@ -31,8 +31,6 @@ from mnist.idx import Digits
 from mnist.model import make_network
 from mnist.workdir import WorkdirError, alone
 
-pytestmark = pytest.mark.xdist_group(__name__)  # by one worker, which trains once
-
 HERE = Path(__file__).parent
 RUN = {"epochs": 12, "batch_size": 25}  # of 20 steps each
 

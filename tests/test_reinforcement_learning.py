@@ -14,8 +14,6 @@ pytest.importorskip("tyro")
 from examples import grpo
 from examples.grpo import Config
 
-pytestmark = pytest.mark.xdist_group(__name__)  # by one worker, which trains once
-
 PAGE = Path(__file__).parent.parent / "docs" / "reinforcement-learning.md"
 RNG = np.random.default_rng(0)
 GROUPS, MEMBERS, TOKENS, D, C = 2, 4, 5, 6, 9
