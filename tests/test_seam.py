@@ -12,7 +12,7 @@ from jax import export
 
 import jaxent
 from jaxent import _kernels as kernels
-from jaxent._kernels import xla
+from jaxent._kernels import divergences, xla
 
 X = jnp.asarray(np.random.default_rng(0).normal(size=(8, 5)), jnp.float32)
 LABELS = jnp.arange(8) % 5
@@ -87,9 +87,13 @@ def test_abstract_evaluation_is_that_of_the_plain_form(name):
 
 
 def test_every_plain_form_is_a_primitive():
-    """A newcomer sees in one file what a kernel must compute: all of it, and no more."""
-    public = {name for name, f in vars(xla).items() if isinstance(f, types.FunctionType) and not name.startswith("_")}
-    public = {name for name in public if getattr(xla, name).__module__ == xla.__name__}
-    assert public - {"wide", "compute_dtype"} == {
+    """A newcomer sees in two files what a kernel must compute: all of it, and no more."""
+    public = {
+        name
+        for module in (xla, divergences)
+        for name, f in vars(module).items()
+        if isinstance(f, types.FunctionType) and not name.startswith("_") and f.__module__ == module.__name__
+    }
+    assert public - {"wide", "compute_dtype", "log_of_mixture", "log_of_student"} == {
         name for name in vars(kernels) if hasattr(getattr(kernels, name), "__wrapped__")
     }

@@ -1,9 +1,10 @@
 """The seam between meaning and machines: every row function is a JAX primitive, and its lowering picks the kernel.
 
-`xla.py` has the plain form of each. A machine's file beside it, named in `MACHINES`, has functions of the same names
-and arguments for what it does better. It says in `refusal` which arguments it does not take, and maybe in
-`unasked` where it serves by name only; one that wants to see what its arguments are made of has a lowering rule of
-its own, in `LOWERING`. Nothing here knows of derivatives, of what labels mean, of weights or of reductions.
+`xla.py` has the plain form of each, and `divergences.py` of those of two models. A machine's file beside them, named
+in `MACHINES`, has functions of the same names and arguments for what it does better. It says in `refusal` which
+arguments it does not take, and maybe in `unasked` where it serves by name only; one that wants to see what its
+arguments are made of has a lowering rule of its own, in `LOWERING`. Nothing here knows of derivatives, of what labels
+mean, of weights or of reductions.
 """
 
 import importlib
