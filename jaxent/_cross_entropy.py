@@ -272,19 +272,19 @@ def mixture(
     """Which losses make up cross-entropy with these labels and what is added to them."""
     dtype = compute_dtype(x.dtype)
     mass, z = (None if value is None else jnp.asarray(value, dtype) for value in added)
-    uniform = None if mass is None else _uniform(mass, x, where, axis)
     if target is None:
         q = jnp.asarray(labels)
         q = q if q.dtype.itemsize < dtype.itemsize else q.astype(dtype)  # narrower ones stay as they are
-        if mass is not None and uniform is not None:
-            q = (1.0 - mass) * q.astype(dtype) + uniform
+        if mass is not None:
+            q = (1.0 - mass) * q.astype(dtype) + _uniform(mass, x, where, axis)
         rows = axis.rows(x.shape)
         nobody = None if z is None else jnp.zeros(rows, jnp.int32)
         return Mixture(nobody, Factors(None, None, z), scale_classes(q, weight, axis), None)
     a = jnp.ones((), dtype) if mass is None else 1.0 - mass
     a = a if target.weight is None else a * target.weight
-    if uniform is None or (weight is None and where is None):
+    if mass is None or (weight is None and where is None):
         return Mixture(target.label, Factors(a, mass, z), None, None)
+    uniform = _uniform(mass, x, where, axis)
     q = scale_classes(uniform if uniform.ndim else jnp.full_like(x, uniform, dtype), weight, axis)
     return Mixture(target.label, Factors(a, None, z), q, target.label >= 0)
 
