@@ -3,6 +3,9 @@
 The vocabulary is what makes a language model's loss expensive: of 2,048 tokens and 32,768 words the logits alone are
 256 MiB, their gradient as much again. `--loss fused` takes `jaxent.linear_cross_entropy`, which never holds either.
 
+Where a file ends inside a sequence, what follows is padding: it has weight 0. The log shows the loss with its z-loss,
+that part alone, and the accuracy, which `return_stats` knows without looking at any logits again.
+
     pip install -e ".[examples]"
     python examples/train_lm.py train --loss fused    # or unfused, or optax
     python examples/train_lm.py compare               # all three, each in a process of its own, and a picture
@@ -54,6 +57,8 @@ class Config:
     steps: int = 300
     learning_rate: float = 1e-3
     """The highest of the schedule, which warms up and then falls along a cosine."""
+    z_loss: float = 1e-4
+    """Factor of the squared logsumexp of the logits, which keeps them small."""
     seed: int = 0
     """Decides the initial parameters and the batches, whatever the loss."""
 
@@ -61,15 +66,25 @@ class Config:
 # ---- The loss: the one place where the runs differ. --------------------------------------------------------------
 
 
-def loss_of_hidden(loss: Loss, hidden: jax.Array, kernel: jax.Array, labels: jax.Array) -> jax.Array:
-    """Mean cross-entropy of `hidden` (tokens, width) times `kernel` (width, vocabulary) at the labels (tokens,)."""
+def loss_of_hidden(
+    loss: Loss, hidden: jax.Array, kernel: jax.Array, labels: jax.Array, counts: jax.Array, z_loss: float
+) -> tuple[jax.Array, jaxent.LossStats]:
+    """Return the mean cross-entropy over the tokens that count, and what is known of each token.
+
+    Of `hidden` (tokens, width) times `kernel` (width, vocabulary) at the labels (tokens,).
+    """
+    options: Any = {"sample_weight": counts, "z_loss": z_loss, "return_stats": True}
     match loss:
         case "optax":
-            return optax.softmax_cross_entropy_with_integer_labels(hidden @ kernel, labels).mean()
+            logits = hidden @ kernel
+            lse = jax.nn.logsumexp(logits, axis=-1)
+            losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels) + z_loss * lse**2
+            losses, lse = (jnp.where(counts, of_each, 0.0) for of_each in (losses, lse))
+            return losses.sum() / counts.sum(), jaxent.LossStats(losses, lse, logits.argmax(-1))
         case "unfused":
-            return jaxent.cross_entropy(hidden @ kernel, labels)
+            return jaxent.cross_entropy(hidden @ kernel, labels, **options)
         case "fused":
-            return jaxent.linear_cross_entropy(hidden, kernel, labels)
+            return jaxent.linear_cross_entropy(hidden, kernel, labels, **options)
 
 
 # ---- The model. --------------------------------------------------------------------------------------------------
@@ -114,6 +129,9 @@ class Gpt(nnx.Module):
 # ---- The data. ---------------------------------------------------------------------------------------------------
 
 
+END = 0  # the mark after each file
+
+
 def tokens_of(config: Config) -> NDArray[np.int32]:
     """Return the standard library as one row of tokens, from the cache if it is there."""
     workdir = config.workdir.expanduser()
@@ -146,7 +164,7 @@ def tokenize(texts: list[str], vocabulary: int) -> NDArray[np.int32]:
         vocab_size=vocabulary, special_tokens=["<end>"], initial_alphabet=byte_level.alphabet(), show_progress=False
     )
     tokenizer.train_from_iterator(texts, trainer)
-    return np.concatenate([np.array([*text.ids, 0], np.int32) for text in tokenizer.encode_batch(texts)])
+    return np.concatenate([np.array([*text.ids, END], np.int32) for text in tokenizer.encode_batch(texts)])
 
 
 def batches(config: Config, tokens: NDArray[np.int32]) -> Iterator[jax.Array]:
@@ -157,10 +175,16 @@ def batches(config: Config, tokens: NDArray[np.int32]) -> Iterator[jax.Array]:
         yield jnp.asarray(tokens[starts + np.arange(config.length + 1)])
 
 
+def counted(batch: jax.Array) -> jax.Array:
+    """Say which labels of a batch are of the file with which their sequence begins; the others are padding."""
+    return jnp.cumsum(batch[:, :-1] == END, axis=1) == 0
+
+
 # ---- Training. ---------------------------------------------------------------------------------------------------
 
 State = tuple[Any, optax.OptState]  # parameters and the optimizer's
-Step = Callable[[State, jax.Array], tuple[State, jax.Array]]
+Log = dict[str, jax.Array]  # means over the tokens of a step
+Step = Callable[[State, jax.Array], tuple[State, Log]]
 
 
 def make_step(config: Config, loss: Loss) -> tuple[State, Step]:
@@ -169,16 +193,20 @@ def make_step(config: Config, loss: Loss) -> tuple[State, Step]:
     schedule = optax.schedules.cosine_onecycle_schedule(config.steps, config.learning_rate, pct_start=0.1)
     optimizer = optax.adamw(schedule, weight_decay=0.01)
 
-    def loss_of(params: Any, batch: jax.Array) -> jax.Array:
+    def loss_of(params: Any, batch: jax.Array) -> tuple[jax.Array, Log]:
         gpt = nnx.merge(model, params)
         hidden = gpt(batch[:, :-1]).reshape(-1, config.width)  # as rows, the logits cost optax and jaxent least
-        return loss_of_hidden(loss, hidden, gpt.kernel(), batch[:, 1:].reshape(-1))
+        labels, counts = batch[:, 1:].reshape(-1), counted(batch).reshape(-1)
+        value, stats = loss_of_hidden(loss, hidden, gpt.kernel(), labels, counts, config.z_loss)
+        z_losses, hits = config.z_loss * stats.logsumexp**2, stats.predicted == labels
+        log = {"z_loss": jnp.mean(z_losses, where=counts), "accuracy": jnp.mean(hits, where=counts)}
+        return value, {"loss": value, **log}
 
-    def step(state: State, batch: jax.Array) -> tuple[State, jax.Array]:
+    def step(state: State, batch: jax.Array) -> tuple[State, Log]:
         params, optimizer_state = state
-        value, gradients = jax.value_and_grad(loss_of)(params, batch)
+        (_, log), gradients = jax.value_and_grad(loss_of, has_aux=True)(params, batch)
         updates, optimizer_state = optimizer.update(gradients, optimizer_state, params)
-        return (optax.apply_updates(params, updates), optimizer_state), value
+        return (optax.apply_updates(params, updates), optimizer_state), log
 
     return (params, optimizer.init(params)), step
 
@@ -219,11 +247,15 @@ def train(
     seconds: list[float] = []
     for batch in batches(config, tokens):
         start = time.perf_counter()
-        state, value = step(state, batch)
-        losses.append(float(value))
+        state, log = step(state, batch)
+        losses.append(float(log["loss"]))
         seconds.append(time.perf_counter() - start)
         if len(losses) % 10 in (0, 1):
-            print(f"{loss:>8}   step {len(losses):4}   loss {losses[-1]:.4f}   {seconds[-1]:.2f} s", flush=True)
+            print(
+                f"{loss:>8}   step {len(losses):4}   loss {losses[-1]:.4f}   z-loss {log['z_loss']:.4f}   "
+                f"accuracy {log['accuracy']:.1%}   {seconds[-1]:.2f} s",
+                flush=True,
+            )
     if report:
         memory = {"temp_bytes": temp_bytes(step), "peak_bytes": peak_bytes()}
         device = jax.devices()[0].device_kind

@@ -1,5 +1,6 @@
 """PyTorch's softmax, log_softmax, nll, cross_entropy and linear_cross_entropy for JAX."""
 
+from ._cross_entropy import LossStats as LossStats
 from ._cross_entropy import cross_entropy as cross_entropy
 from ._distillation import distillation_loss as distillation_loss
 from ._entropy import entropy as entropy
@@ -12,6 +13,7 @@ from ._softmax import log_softmax as log_softmax
 from ._softmax import softmax as softmax
 
 __all__ = [
+    "LossStats",
     "cross_entropy",
     "distillation_loss",
     "entropy",

@@ -61,6 +61,14 @@ class ClassAxis:
         position = jax.lax.broadcasted_iota(index.dtype, x.shape, self.index)
         return position == self.expand(index - first)
 
+    def first(self, mask: Bool[Array, "..."]) -> Integer[Array, "..."]:
+        """The first class of each row where `mask` is True, which it is somewhere."""
+        first = jax.lax.axis_index(self.names) * mask.shape[self.index] if self.names else 0
+        position = first + jax.lax.broadcasted_iota(jnp.int32, mask.shape, self.index)
+        last = jnp.iinfo(jnp.int32).max
+        found = jnp.min(jnp.where(mask, position, last), self.index, keepdims=True, initial=last)
+        return jax.lax.pmin(found, self.names) if self.names else found
+
     def behind(self, batch: int) -> "ClassAxis":
         """The same axis where `batch` more stand in front."""
         return replace(self, index=self.index + batch)

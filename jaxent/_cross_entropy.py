@@ -2,7 +2,7 @@
 
 import functools
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -36,11 +36,27 @@ from ._check import (
     normalize_axis,
 )
 from ._class_axis import ClassAxis, class_axis
-from ._expected_loss import expected_losses, expected_pass, expected_total
+from ._expected_loss import Logits, expected_losses, expected_pass, expected_total
 from ._kernels import compute_dtype
-from ._label_loss import Factors, How, label_losses, label_pass, label_total, mixed
+from ._label_loss import Factors, How, Parts, Row, label_losses, label_pass, label_total, mixed
+from ._linear import times
 from ._nll import Scale, Target, read_labels, scale_classes, scale_of_all, scale_of_each
 from ._softmax import add, hide_classes
+
+
+class LossStats(NamedTuple):
+    """What is known of each example beside its loss, as `cross_entropy(..., return_stats=True)` gives it.
+
+    Without derivatives. An example that adds nothing, because its label is ignored or its weight is 0, has the loss
+    and the logsumexp 0 and the class -1.
+    """
+
+    loss: Float[Array, "..."]
+    """The loss of each example, as `reduction="none"` gives it."""
+    logsumexp: Float[Array, "..."]
+    """Of its logits; `z_loss` times its square is in the loss."""
+    predicted: Integer[Array, "..."]
+    """The class of its largest logit, the first if there are several, or -1 where the logsumexp is not a number."""
 
 
 def cross_entropy(
@@ -57,7 +73,8 @@ def cross_entropy(
     z_loss: Scalar = 0.0,
     axis_name: AxisName | None = None,
     implementation: Implementation | None = None,
-) -> Float[Array, "..."]:
+    return_stats: bool = False,
+) -> Any:
     r"""Cross-entropy between labels and the softmax of logits.
 
     $$\ell_i = -w_{y_i} \log \frac{\exp(x_{i, y_i})}{\sum_k \exp(x_{ik})}, \qquad
@@ -90,9 +107,12 @@ def cross_entropy(
             still count all classes, and the loss is the same on all devices that hold parts of an example.
         implementation: who computes it: `"xla"` is XLA from plain JAX, `"native"` the kernels for CPUs, `"pallas"`
             those for TPUs and GPUs, None the best for the machine.
+        return_stats: return also what the same pass over the logits knows of each example, see `LossStats`: its
+            loss, its logsumexp, and the class that it predicts. There are no derivatives through these.
 
     Returns:
-        A scalar, or one loss per example for `reduction="none"`; float32, or float64 for float64 logits.
+        A scalar, or one loss per example for `reduction="none"`; float32, or float64 for float64 logits. With
+            `return_stats` a pair of it and `LossStats`, as `jax.value_and_grad(..., has_aux=True)` wants it.
 
     Raises:
         TypeError: an argument has the wrong dtype.
@@ -110,6 +130,9 @@ def cross_entropy(
         >>> gradient = jax.grad(jaxent.cross_entropy)(logits, labels)
         >>> [f"{g:.4g}" for g in gradient[1]]  # the label's entry never rounds to zero
         ['4.679e-14', '4.679e-14', '-9.358e-14']
+        >>> loss, stats = jaxent.cross_entropy(logits, labels, return_stats=True)
+        >>> print(f"accuracy {jnp.mean(stats.predicted == labels):.0%}")
+        accuracy 100%
 
     References:
         [torch.nn.functional.cross_entropy](https://docs.pytorch.org/docs/stable/generated/torch.nn.functional.cross_entropy.html);
@@ -132,7 +155,7 @@ def cross_entropy(
     check_smoothing(label_smoothing)
     check_scalar("z_loss", z_loss)
     check_implementation(implementation)
-    options = loss_options(classes, ignore_index, reduction, implementation)
+    options = loss_options(classes, ignore_index, reduction, implementation, bool(return_stats))
     return _cross_entropy(logits, labels, where, weight, sample_weight, added(label_smoothing, z_loss), options)
 
 
@@ -143,6 +166,7 @@ class LossOptions(NamedTuple):
     ignore_index: int | None
     reduction: Reduction
     implementation: Implementation | None
+    stats: bool = False
 
 
 loss_options = functools.cache(LossOptions)  # one object for equal options, see class_axis
@@ -169,7 +193,7 @@ def _cross_entropy(
     sample_weight: WeightArray | None,
     added: Added,
     options: LossOptions,
-) -> Float[Array, "..."]:
+) -> Float[Array, "..."] | tuple[Float[Array, "..."], LossStats]:
     axis, how = options.axis, How(options.axis, options.implementation)
     x, empty = hide_classes(jnp.asarray(logits), where, axis)
     dtype = compute_dtype(x.dtype)
@@ -181,8 +205,20 @@ def _cross_entropy(
     losses = mixture(x, labels, target, where, weight, added, axis)
     one = jnp.ones((), dtype) if v is None else v
     if scale.factor is None:
-        return losses.rows(how, x, one)
-    return losses.total(how, x, scale.factor * one) + scale.empty
+        loss, stats = losses.rows(how, x, one, options.stats)
+    else:
+        loss, stats = losses.total(how, x, scale.factor, one, options.stats)
+        loss += scale.empty
+    if stats is None:
+        return loss
+    return loss, told(stats, (True if target is None else target.label >= 0) & (one != 0.0))
+
+
+def told(stats: LossStats, counts: Bool[Array, "..."]) -> LossStats:
+    """Stats as they are returned."""
+    loss, lse, predicted = jax.lax.stop_gradient(stats)
+    loss, lse = (jnp.where(counts, row, 0.0) for row in (loss, lse))
+    return LossStats(loss, lse, jnp.where(counts & ~jnp.isnan(lse), predicted, -1))
 
 
 def read_target(
@@ -222,40 +258,59 @@ class Mixture(NamedTuple):
     q: Float[Array, "..."] | None
     counts: Bool[Array, "..."] | None  # which rows have the latter; None if all do
 
-    def rows(self, how: How, x: Float[Array, "..."], scale: Float[Array, "..."]) -> Float[Array, "..."]:
-        """The losses one by one, each times its scale."""
-        terms = []
-        if self.label is not None:
-            terms.append(label_losses(how, x, self.label, self.factors.times(scale)))
-        if self.q is not None:
-            terms.append(expected_losses(how, x, self.q, self._of_probabilities(how, x, scale)))
-        return add(terms)
+    def rows(self, how: How, x: Logits, v: Row, stats: bool) -> tuple[Row, LossStats | None]:
+        """The losses one by one, each times its weight; and stats, if they are wanted."""
+        return self._added(label_losses, expected_losses, how, x, v, v, stats)
 
-    def total(self, how: How, x: Float[Array, "..."], scale: Float[Array, "..."]) -> Float[Array, ""]:
-        """Their sum, whose gradient comes in the same pass."""
-        terms = []
-        if self.label is not None:
-            terms.append(label_total(how, x, self.label, self.factors.times(scale)))
-        if self.q is not None:
-            terms.append(expected_total(how, x, self.q, self._of_probabilities(how, x, scale)))
-        return add(terms)
+    def total(
+        self, how: How, x: Logits, factor: Float[Array, ""], v: Row, stats: bool
+    ) -> tuple[Float[Array, ""], LossStats | None]:
+        """Their sum times a factor, whose gradient comes in the same pass."""
+        return self._added(label_total, expected_total, how, x, factor * v, v, stats)
 
-    def rows_and_gradient(
-        self, how: How, x: Float[Array, "..."], scale: Float[Array, "..."]
-    ) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
-        """The losses as they are, and the gradient of their sum with scales."""
-        losses, gradients = [], []
+    def rows_and_gradient(self, how: How, x: Logits, scale: Row, stats: bool) -> tuple[Row, LossStats | None, Logits]:
+        """The losses as they are, stats, and the gradient of the losses' sum with scales."""
+        gradients, of_label, of_q = [], None, None
         if self.label is not None:
-            *parts, gradient = label_pass(how, x.dtype, x, self.label, *self.factors.times(scale).rows(self.label))
-            losses.append(mixed(self.label, parts, self.factors))
+            factors = self.factors.times(scale).rows(self.label)
+            of_label, gradient = label_pass(how, x.dtype, x, self.label, *factors, stats=stats)
             gradients.append(gradient)
         if self.q is not None:
-            loss, gradient = expected_pass(how, x.dtype, x, self.q, self._of_probabilities(how, x, scale))
-            losses.append(loss if self.counts is None else jnp.where(self.counts, loss, 0.0))
+            s = self._of_probabilities(how, x, scale)
+            of_q, gradient = expected_pass(how, x.dtype, x, self.q, s, stats=stats)
             gradients.append(gradient)
-        return add(losses), add(gradients)
+        losses = self._losses(how, x, of_label, of_q, jnp.ones((), scale.dtype))
+        return losses, self._stats(losses, of_label, of_q) if stats else None, add(gradients)
 
-    def _of_probabilities(self, how: How, x: Float[Array, "..."], scale: Float[Array, "..."]) -> Float[Array, "..."]:
+    def _added(
+        self, of_labels: Any, of_probabilities: Any, how: How, x: Logits, scale: Row, v: Row, stats: bool
+    ) -> tuple[Array, LossStats | None]:
+        terms, of_label, of_q = [], None, None
+        if self.label is not None:
+            term, of_label = of_labels(how, stats, x, self.label, self.factors.times(scale))
+            terms.append(term)
+        if self.q is not None:
+            term, of_q = of_probabilities(how, stats, x, self.q, self._of_probabilities(how, x, scale))
+            terms.append(term)
+        if not stats:
+            return add(terms), None
+        return add(terms), self._stats(self._losses(how, x, of_label, of_q, v), of_label, of_q)
+
+    def _losses(self, how: How, x: Logits, of_label: Parts | None, of_q: Parts | None, v: Row) -> Row:
+        """The losses, from what kernels give, each times its weight."""
+        terms = []
+        if self.label is not None and of_label is not None:
+            terms.append(mixed(self.label, of_label, self.factors.times(v)))
+        if of_q is not None:
+            terms.append(times(self._of_probabilities(how, x, v), of_q[0]))
+        return add(terms)
+
+    def _stats(self, losses: Row, of_label: Parts | None, of_q: Parts | None) -> LossStats:
+        parts = of_q or of_label
+        assert parts is not None
+        return LossStats(losses, *parts[-2:])
+
+    def _of_probabilities(self, how: How, x: Logits, scale: Row) -> Row:
         shape = how.axis.rows(x.shape)
         return jnp.broadcast_to(scale, shape) if self.counts is None else jnp.where(self.counts, scale, 0.0)
 

@@ -12,7 +12,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from . import _kernels as kernels
-from ._label_loss import How, Row, is_easily_underflown, is_perturbed
+from ._label_loss import How, Parts, Row, is_easily_underflown, is_perturbed, unmoved
 from ._linear import inner, linear, times
 from ._nll import expected_nll
 from ._softmax import add, log_softmax_cotangent, softmax_tangent
@@ -20,14 +20,29 @@ from ._softmax import add, log_softmax_cotangent, softmax_tangent
 Logits = Float[Array, "..."]
 
 
-def expected_losses(how: How, x: Logits, q: Logits, s: Row) -> Row:
+# With `stats`, both functions also give the loss of each row without its factor, its logsumexp and its largest class,
+# which have no derivatives.
+
+
+def expected_losses(how: How, stats: bool, x: Logits, q: Logits, s: Row) -> tuple[Row, Parts | None]:
     """The loss of each row."""
-    return _linear_in_q(how, False, x, q, s)
+    return _expected(how, stats, False, x, q, s)
 
 
-def expected_total(how: How, x: Logits, q: Logits, s: Row) -> Float[Array, ""]:
+def expected_total(how: How, stats: bool, x: Logits, q: Logits, s: Row) -> tuple[Float[Array, ""], Parts | None]:
     """The sum of the losses of all rows."""
-    return _linear_in_q(how, True, x, q, s)
+    return _expected(how, stats, True, x, q, s)
+
+
+def _expected(how: How, stats: bool, summed: bool, x: Logits, q: Logits, s: Row) -> tuple[Array, Parts | None]:
+    if not stats:
+        return _linear_in_q(how, summed, x, q, s), None
+    if not how.axis.names:
+        return _losses(how, stats, summed, x, s, q)
+    fixed, q_fixed = jax.lax.stop_gradient((x, q))
+    _, _, *known = kernels.label_loss(fixed, jnp.zeros(s.shape, jnp.int32), stats=True, **how._asdict())
+    losses = _linear_in_q(how, False, fixed, q_fixed, jnp.ones_like(s))
+    return _linear_in_q(how, summed, x, q, s), (losses, *known)
 
 
 def _linear_in_q(how: How, summed: bool, x: Logits, q: Logits, s: Row) -> Array:
@@ -35,7 +50,11 @@ def _linear_in_q(how: How, summed: bool, x: Logits, q: Logits, s: Row) -> Array:
         log_p = kernels.log_softmax(x, dtype=s.dtype, **how._asdict())
         losses = times(s, expected_nll(log_p, q, how.axis))
         return jnp.sum(losses) if summed else losses
-    return linear(partial(_losses, how, summed), partial(_surprises, how, q.dtype), (x, s), q)
+    return linear(partial(_value, how, summed), partial(_surprises, how, q.dtype), (x, s), q)
+
+
+def _value(how: How, summed: bool, x: Logits, s: Row, q: Logits) -> Array:
+    return _losses(how, False, summed, x, s, q)[0]
 
 
 def _surprises(how: How, dtype: DTypeLike, x: Logits, s: Row, g: Array) -> Logits:
@@ -45,34 +64,43 @@ def _surprises(how: How, dtype: DTypeLike, x: Logits, s: Row, g: Array) -> Logit
     return (how.axis.expand(-g * s) * jnp.where(nothing, 0.0, log_p)).astype(dtype)
 
 
-@partial(jax.custom_jvp, nondiff_argnums=(0, 1))
-def _losses(how: How, summed: bool, x: Logits, s: Row, q: Logits) -> Array:
-    losses = times(s, kernels.expected_loss(x, q, **how._asdict()))
-    return jnp.sum(losses) if summed else losses
+@partial(jax.custom_jvp, nondiff_argnums=(0, 1, 2))
+def _losses(how: How, stats: bool, summed: bool, x: Logits, s: Row, q: Logits) -> tuple[Array, Parts | None]:
+    parts = _parts(how, stats, x, q)
+    losses = times(s, parts[0])
+    return jnp.sum(losses) if summed else losses, parts if stats else None
 
 
 @partial(_losses.defjvp, symbolic_zeros=True)
-def _losses_jvp(how: How, summed: bool, primals: Any, tangents: Any) -> tuple[Array, Array]:
+def _losses_jvp(how: How, stats: bool, summed: bool, primals: Any, tangents: Any) -> tuple[Any, Any]:
     (x, s, q), (x_dot, s_dot, q_dot) = primals, tangents
     out, terms = None, []
     if is_perturbed(x_dot) and summed and not is_easily_underflown(x.dtype):
-        losses, gradient = expected_pass(how, x.dtype, x, q, s)
-        out = jnp.sum(times(s, losses))
+        parts, gradient = expected_pass(how, x.dtype, x, q, s, stats=stats)
+        out = jnp.sum(times(s, parts[0])), parts if stats else None
         terms.append(inner(gradient, x_dot))
     elif is_perturbed(x_dot):
         along = linear(partial(_along, how), partial(_gradient, how, x.dtype), (x, q, s), x_dot)
         terms.append(jnp.sum(along) if summed else along)
     if is_perturbed(s_dot):
-        losses = times(s_dot, kernels.expected_loss(x, q, **how._asdict()))
+        losses = times(s_dot, _parts(how, stats, x, q)[0])
         terms.append(jnp.sum(losses) if summed else losses)
     if is_perturbed(q_dot):
         terms.append(_linear_in_q(how, summed, x, q_dot, s))
-    return _losses(how, summed, *primals) if out is None else out, add(terms)
+    value, known = _losses(how, stats, summed, *primals) if out is None else out
+    return (value, known), (add(terms), unmoved(known))
 
 
-def expected_pass(how: How, dtype: DTypeLike, x: Logits, q: Logits, s: Row) -> tuple[Row, Logits]:
+def _parts(how: How, stats: bool, x: Logits, q: Logits) -> Parts:
+    return kernels.as_tuple(kernels.expected_loss(x, q, stats=stats, **how._asdict()))
+
+
+def expected_pass(
+    how: How, dtype: DTypeLike, x: Logits, q: Logits, s: Row, *, stats: bool = False
+) -> tuple[Parts, Logits]:
     """The loss of each row without its factor, and the gradient with it in `dtype`."""
-    return kernels.expected_loss_and_gradient(x, q, s, dtype=dtype, **how._asdict())
+    loss, gradient, *known = kernels.expected_loss_and_gradient(x, q, s, dtype=dtype, stats=stats, **how._asdict())
+    return (loss, *known), gradient
 
 
 def _along(how: How, x: Logits, q: Logits, s: Row, t: Logits) -> Row:
@@ -86,8 +114,8 @@ def _gradient(how: How, dtype: DTypeLike, x: Logits, q: Logits, s: Row, g: Row) 
 
 
 @kernels.expected_loss.defjvp
-def _expected_loss_jvp(primals: Any, tangents: Any, **how: Any) -> tuple[Row, Row]:
-    return kernels.expected_loss(*primals, **how), _along_both(How(**how), *primals, *tangents)
+def _expected_loss_jvp(primals: Any, tangents: Any, *, stats: bool = False, **how: Any) -> tuple[Any, Row]:
+    return kernels.expected_loss(*primals, stats=stats, **how), _along_both(How(**how), *primals, *tangents)
 
 
 def _along_both(how: How, x: Logits, q: Logits, x_dot: Logits | None, q_dot: Logits | None) -> Row:
@@ -98,12 +126,14 @@ def _along_both(how: How, x: Logits, q: Logits, x_dot: Logits | None, q_dot: Log
         along = linear(partial(_along, how), partial(_gradient, how, x.dtype), (x, q, one), x_dot)
         terms.append(how.axis.total(along))
     if q_dot is not None:
-        terms.append(expected_losses(how, x, q_dot, one))
+        terms.append(_linear_in_q(how, False, x, q_dot, one))
     return add(terms)
 
 
 @kernels.expected_loss_and_gradient.defjvp
-def _expected_pass_jvp(primals: Any, tangents: Any, *, dtype: DTypeLike, **how: Any) -> tuple[Any, Any]:
+def _expected_pass_jvp(
+    primals: Any, tangents: Any, *, dtype: DTypeLike, stats: bool = False, **how: Any
+) -> tuple[Any, Any]:
     (x, q, s), (x_dot, q_dot, s_dot) = primals, tangents
     axis, along, terms = how["axis"], jnp.zeros_like(s), []
     counts = axis.expand(s != 0.0)
@@ -118,4 +148,5 @@ def _expected_pass_jvp(primals: Any, tangents: Any, *, dtype: DTypeLike, **how: 
     if s_dot is not None:
         unit = expected_pass(How(**how), s.dtype, x, q, jnp.ones_like(s))[1]
         terms.append(times(jnp.broadcast_to(axis.expand(s_dot), x.shape), unit))
-    return expected_pass(How(**how), dtype, *primals), (along, add(terms).astype(dtype))
+    out = kernels.expected_loss_and_gradient(*primals, dtype=dtype, stats=stats, **how)
+    return out, (along, add(terms).astype(dtype))

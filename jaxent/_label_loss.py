@@ -22,6 +22,7 @@ from ._softmax import add, probabilities, sum_possible
 
 Row = Float[Array, "..."]
 Label = Integer[Array, "..."]
+Parts = tuple[Any, ...]  # of the losses of rows, as kernels give them: with stats or without
 
 
 class How(NamedTuple):
@@ -50,37 +51,58 @@ class Factors(NamedTuple):
         return tuple(jnp.zeros_like(like, dtype) if x is None else jnp.broadcast_to(x, like.shape) for x in self)
 
 
-@partial(jax.custom_jvp, nondiff_argnums=(0,))
-def label_losses(how: How, x: Float[Array, "..."], y: Label, factors: Factors) -> Row:
+# With `stats`, both functions also give the parts of each row's loss, which have no derivatives.
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(0, 1))
+def label_losses(
+    how: How, stats: bool, x: Float[Array, "..."], y: Label, factors: Factors
+) -> tuple[Row, Parts | None]:
     """The loss of each row."""
-    return mixed(y, kernels.label_loss(x, y, **how._asdict()), factors)
+    parts = kernels.label_loss(x, y, stats=stats, **how._asdict())
+    return mixed(y, parts, factors), parts if stats else None
 
 
 @partial(label_losses.defjvp, symbolic_zeros=True)
-def _label_losses_jvp(how: How, primals: Any, tangents: Any) -> tuple[Row, Row]:
+def _label_losses_jvp(how: How, stats: bool, primals: Any, tangents: Any) -> tuple[Any, Any]:
     (x, y, factors), (x_dot, _, factors_dot) = primals, tangents
-    terms = _along_factors(y, kernels.label_loss(x, y, **how._asdict()), factors_dot)
+    terms = _along_factors(y, kernels.label_loss(x, y, stats=stats, **how._asdict()), factors_dot)
     if is_perturbed(x_dot):
         along = linear(partial(_along, how), partial(_gradient, how, x.dtype), (x, y, *factors.rows(y)), x_dot)
         terms.append(how.axis.total(along))
-    return label_losses(how, *primals), add(terms)
+    losses, parts = label_losses(how, stats, *primals)
+    return (losses, parts), (add(terms), unmoved(parts))
 
 
-@partial(jax.custom_jvp, nondiff_argnums=(0,))
-def label_total(how: How, x: Float[Array, "..."], y: Label, factors: Factors) -> Float[Array, ""]:
+@partial(jax.custom_jvp, nondiff_argnums=(0, 1))
+def label_total(
+    how: How, stats: bool, x: Float[Array, "..."], y: Label, factors: Factors
+) -> tuple[Float[Array, ""], Parts | None]:
     """The sum of the losses of all rows."""
-    return jnp.sum(label_losses(how, x, y, factors))
+    losses, parts = label_losses(how, stats, x, y, factors)
+    return jnp.sum(losses), parts
 
 
 @partial(label_total.defjvp, symbolic_zeros=True)
-def _label_total_jvp(how: How, primals: Any, tangents: Any) -> tuple[Array, Array]:
+def _label_total_jvp(how: How, stats: bool, primals: Any, tangents: Any) -> tuple[Any, Any]:
     (x, y, factors), (x_dot, _, factors_dot) = primals, tangents
     if not is_perturbed(x_dot) or is_easily_underflown(x.dtype):
-        losses, along = _label_losses_jvp(how, primals, tangents)
-        return jnp.sum(losses), jnp.sum(along)
-    *parts, gradient = label_pass(how, x.dtype, x, y, *factors.rows(y))
+        (losses, parts), (along, unmoving) = _label_losses_jvp(how, stats, primals, tangents)
+        return (jnp.sum(losses), parts), (jnp.sum(along), unmoving)
+    parts, gradient = label_pass(how, x.dtype, x, y, *factors.rows(y), stats=stats)
     terms = [jnp.sum(term) for term in _along_factors(y, parts, factors_dot)]
-    return jnp.sum(mixed(y, parts, factors)), add([*terms, how.axis.total(inner(gradient, x_dot))])
+    along = add([*terms, how.axis.total(inner(gradient, x_dot))])
+    known = parts if stats else None
+    return (jnp.sum(mixed(y, parts, factors)), known), (along, unmoved(known))
+
+
+def unmoved(known: Any) -> Any:
+    """The tangents of what has no derivatives."""
+
+    def zero(x: Array) -> SymbolicZero:
+        return SymbolicZero(jax.typeof(x).to_tangent_aval())
+
+    return jax.tree.map(zero, known)
 
 
 def is_perturbed(tangent: Any) -> bool:
@@ -98,7 +120,7 @@ def is_easily_underflown(dtype: DTypeLike) -> bool:
 
 def mixed(y: Label, parts: Any, factors: Factors) -> Row:
     """The mixture of the three losses of each row."""
-    loss, uniform, lse = parts
+    loss, uniform, lse = parts[:3]
     a, u, z = (None if x is None else jnp.broadcast_to(x, y.shape) for x in factors)
     terms = [] if a is None else [times(a, loss)]
     if u is not None:
@@ -114,27 +136,28 @@ def _along_factors(y: Label, parts: Any, factors_dot: Factors) -> list[Row]:
 
 
 def label_pass(
-    how: How, dtype: DTypeLike, x: Float[Array, "..."], y: Label, *factors: Row
-) -> tuple[Row, Row, Row, Float[Array, "..."]]:
+    how: How, dtype: DTypeLike, x: Float[Array, "..."], y: Label, *factors: Row, stats: bool = False
+) -> tuple[Parts, Float[Array, "..."]]:
     """The three losses of each row, and the gradient of their mixture in `dtype`."""
-    return kernels.label_loss_and_gradient(x, y, *factors, dtype=dtype, **how._asdict())
+    out = kernels.label_loss_and_gradient(x, y, *factors, dtype=dtype, stats=stats, **how._asdict())
+    return (*out[:3], *out[4:]), out[3]
 
 
 def _along(how: How, x: Array, y: Label, a: Row, u: Row, z: Row, t: Array) -> Row:
     """This device's part of the derivative of the mixture along `t`."""
-    gradient = label_pass(how, a.dtype, x, y, a, u, z)[3]
+    _, gradient = label_pass(how, a.dtype, x, y, a, u, z)
     return jnp.sum(gradient * t.astype(a.dtype), how.axis.index)
 
 
 def _gradient(how: How, dtype: DTypeLike, x: Array, y: Label, a: Row, u: Row, z: Row, g: Row) -> Array:
     """Its transpose."""
-    return label_pass(how, dtype, x, y, g * a, g * u, g * z)[3]
+    return label_pass(how, dtype, x, y, g * a, g * u, g * z)[1]
 
 
 @kernels.label_loss.defjvp
-def _label_loss_jvp(primals: Any, tangents: Any, **how: Any) -> tuple[Any, Any]:
+def _label_loss_jvp(primals: Any, tangents: Any, *, stats: bool = False, **how: Any) -> tuple[Any, Any]:
     (x, y), (x_dot, _) = primals, tangents
-    return kernels.label_loss(x, y, **how), _along_rows(How(**how), x, y, x_dot)
+    return kernels.label_loss(x, y, stats=stats, **how), _along_rows(How(**how), x, y, x_dot)
 
 
 def _along_rows(how: How, x: Array, y: Label, t: Array) -> tuple[Row, Row, Row]:
@@ -160,15 +183,17 @@ def _spread(p: Array, g: Array) -> Float[Array, "..."]:
 
 
 @kernels.label_loss_and_gradient.defjvp
-def _label_pass_jvp(primals: Any, tangents: Any, *, dtype: DTypeLike, **how: Any) -> tuple[Any, Any]:
+def _label_pass_jvp(
+    primals: Any, tangents: Any, *, dtype: DTypeLike, stats: bool = False, **how: Any
+) -> tuple[Any, Any]:
     (x, y, a, u, z), (x_dot, _, *factors_dot) = primals, tangents
-    axis, out = how["axis"], label_pass(How(**how), dtype, *primals)
+    axis, out = how["axis"], kernels.label_loss_and_gradient(*primals, dtype=dtype, stats=stats, **how)
     counted = jnp.where((a == 0.0) & (u == 0.0) & (z == 0.0), -1, y)  # as in the gradient
     one, zero = jnp.ones_like(a), jnp.zeros_like(a)
     moved, terms = (zero, zero, zero), []
     for i, factor_dot in enumerate(factors_dot):  # the gradient is linear in the factors
         if factor_dot is not None:
-            unit = label_pass(How(**how), a.dtype, x, y, *(one if i == j else zero for j in range(3)))[3]
+            unit = label_pass(How(**how), a.dtype, x, y, *(one if i == j else zero for j in range(3)))[1]
             terms.append(times(jnp.broadcast_to(axis.expand(factor_dot), x.shape), unit).astype(dtype))
     if x_dot is not None:
         # Labels are constant, smoothed or not, so the gradient moves as softmax does; the z-loss curves it, too.

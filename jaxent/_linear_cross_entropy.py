@@ -1,6 +1,6 @@
 """Cross-entropy of a linear layer's outputs, of which only a chunk exists at a time."""
 
-from jaxtyping import Array, Float
+from typing import Any
 
 from ._check import (
     AxisName,
@@ -47,7 +47,8 @@ def linear_cross_entropy(
     chunk_size: int | None = None,
     axis_name: AxisName | None = None,
     implementation: Implementation | None = None,
-) -> Float[Array, "..."]:
+    return_stats: bool = False,
+) -> Any:
     r"""Cross-entropy of `hidden @ kernel + bias`, holding only a chunk of these logits at any time.
 
     $$x_i = h_i^\top W + b, \qquad \ell_i = -w_{y_i} \log \frac{\exp(x_{i, y_i})}{\sum_k \exp(x_{ik})}$$
@@ -86,10 +87,14 @@ def linear_cross_entropy(
             sharded. `kernel`, `bias`, `weight` and class probabilities are then this device's classes, while class
             indices count through all of them; the reduction is over this device's tokens.
         implementation: who computes the losses of a chunk, see `cross_entropy`.
+        return_stats: return also what is known of each token when its logits have been seen, at the price of no
+            matrix product, see `LossStats`: its loss, its logsumexp, and the class that it predicts. There are no
+            derivatives through these.
 
     Returns:
         A scalar, or one loss per token for `reduction="none"`; float32, or float64 for float64 arguments. Logits and
-        gradients of half-precision arguments are accumulated in float32, too.
+            gradients of half-precision arguments are accumulated in float32, too. With `return_stats` a pair of it
+            and `LossStats`, as `jax.value_and_grad(..., has_aux=True)` wants it.
 
     Raises:
         TypeError: an argument has the wrong dtype.
@@ -124,7 +129,7 @@ def linear_cross_entropy(
     check_smoothing(label_smoothing)
     check_scalar("z_loss", z_loss)
     check_implementation(implementation)
-    loss = loss_options(class_axis(1, axis.names), ignore_index, reduction, implementation)
+    loss = loss_options(class_axis(1, axis.names), ignore_index, reduction, implementation, bool(return_stats))
     options = Options(loss, None if softcap is None else float(softcap), check_chunk_size(chunk_size))
     of_losses = where, weight, labels, added(label_smoothing, z_loss)
     arrays = Arrays(hidden, kernel, bias, logit_scale, *of_losses)  # pyright: ignore[reportArgumentType]

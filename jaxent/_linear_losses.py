@@ -23,10 +23,10 @@ from ._chunks import (
     unseen_parts,
 )
 from ._class_axis import ClassAxis, vary
-from ._cross_entropy import Added, LossOptions, Mixture, mixture, read_target, scale_of
+from ._cross_entropy import Added, LossOptions, LossStats, Mixture, mixture, read_target, scale_of, told
 from ._distillation import Divergence, divergences, divergences_and_gradient
 from ._entropy import entropies, entropies_and_gradient
-from ._label_loss import How, is_easily_underflown, is_perturbed, mixed
+from ._label_loss import How, is_easily_underflown, is_perturbed, mixed, unmoved
 from ._linear import inner, linear, times
 from ._nll import Scale, counting, read_labels
 from ._product_loss import Center, Layer, center, dtype_of_exponentials, product_losses, product_losses_and_gradient
@@ -89,9 +89,18 @@ _NOTHING: _Wanted = (False, False, False, False)
 _SampleWeight = Float[Array, "..."] | None  # one per token
 
 
+class _Known(NamedTuple):
+    """Of each token beside its loss; 0 of those that do not count. It has no derivatives."""
+
+    logsumexp: Float[Array, " tokens"]
+    predicted: Integer[Array, " tokens"]
+
+
 @partial(jax.jit, static_argnums=2)
-def linear_losses(arrays: Arrays, sample_weight: WeightArray | None, options: Options) -> Float[Array, "..."]:
-    """Losses of tokens, or their scaled sum."""
+def linear_losses(
+    arrays: Arrays, sample_weight: WeightArray | None, options: Options
+) -> Float[Array, "..."] | tuple[Float[Array, "..."], LossStats]:
+    """Losses of tokens, or their scaled sum; and stats, where they are wanted."""
     arrays = jax.tree.map(_at_least_half, arrays)
     dtype, v = _compute_dtype(arrays), None
     if arrays.teacher is not None and dtype.itemsize > 4:  # of one of the two, which are compared
@@ -108,8 +117,13 @@ def linear_losses(arrays: Arrays, sample_weight: WeightArray | None, options: Op
     scale, empty = _scale(options, arrays, v)
     shardings = [jax.typeof(x).sharding for x in jax.tree.leaves(arrays)]
     mesh = next((sharding.mesh for sharding in shardings if any(sharding.spec)), None)
-    loss = _on_device(options, arrays, v, scale) if mesh is None else _across_devices(options, arrays, v, scale, mesh)
-    return loss + empty
+    here = _on_device if mesh is None else partial(_across_devices, mesh)
+    loss, stats = here(options, arrays, v, scale)
+    loss += empty
+    if stats is None:
+        return loss
+    counts = _counts(options, arrays, None if v is None else v != 0.0)
+    return loss, told(stats, jnp.ones((), bool) if counts is None else counts)
 
 
 def _at_least_half(x: Any) -> Array:
@@ -125,8 +139,8 @@ def _converted(dtype: jnp.dtype, x: Array) -> Array:
 
 
 def _across_devices(
-    options: Options, arrays: Arrays, v: _SampleWeight, scale: Float[Array, ""] | None, mesh: AbstractMesh
-) -> Float[Array, "..."]:
+    mesh: AbstractMesh, options: Options, arrays: Arrays, v: _SampleWeight, scale: Float[Array, ""] | None
+) -> tuple[Float[Array, "..."], LossStats | None]:
     """Under explicit sharding: arrays tell where tokens and classes are, so each device loops over its own tokens."""
     of_hidden, of_kernel = (jax.typeof(x).sharding for x in (arrays.hidden, arrays.kernel))
     *lead, of_features = of_hidden.spec
@@ -157,9 +171,9 @@ def _across_devices(
     parts = jax.tree.map(jax.sharding.reshard, (tuple(arrays), v), shardings)
     options = options._replace(loss=options.loss._replace(axis=ClassAxis(1, class_names)))
 
-    def part(parts: Any, scale: Array | None) -> Array:
-        loss = _on_device(options, Arrays(*parts[0]), parts[1], scale)
-        return loss if scale is None else jax.lax.psum(loss, token_names)
+    def part(parts: Any, scale: Array | None) -> tuple[Array, LossStats | None]:
+        loss, stats = _on_device(options, Arrays(*parts[0]), parts[1], scale)
+        return loss if scale is None else jax.lax.psum(loss, token_names), stats
 
     explicit = [
         name for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind == AxisType.Explicit
@@ -168,7 +182,7 @@ def _across_devices(
         part,
         mesh=mesh,
         in_specs=(specs, None if scale is None else PartitionSpec()),
-        out_specs=PartitionSpec(*lead) if scale is None else PartitionSpec(),
+        out_specs=(PartitionSpec(*lead) if scale is None else PartitionSpec(), PartitionSpec(*lead)),
         axis_names=set(explicit),
     )(parts, scale)
 
@@ -190,8 +204,8 @@ def _scale(options: Options, arrays: Arrays, v: _SampleWeight) -> Scale:
 
 def _on_device(
     options: Options, arrays: Arrays, v: _SampleWeight, scale: Float[Array, ""] | None
-) -> Float[Array, "..."]:
-    """Losses of this device's tokens, or their scaled sum."""
+) -> tuple[Float[Array, "..."], LossStats | None]:
+    """Losses of this device's tokens, or their scaled sum; and stats, where they are wanted."""
     lead = arrays.hidden.shape[:-1]
     tokens = math.prod(lead)
     arrays = arrays._replace(
@@ -200,9 +214,14 @@ def _on_device(
     )
     v = None if v is None else v.reshape(tokens)
     if scale is not None:
-        return _total(options, arrays, scale if v is None else scale * v)
-    losses = _losses(options, arrays, None) if v is None else _weighted(options, arrays, v)
-    return losses.reshape(*lead, *losses.shape[1:])
+        loss, losses, known = _total(options, arrays, scale if v is None else scale * v)
+        losses = losses if v is None or losses is None else times(v, losses)
+    else:
+        losses, known = _losses(options, arrays, None) if v is None else _weighted(options, arrays, v)
+        loss = losses.reshape(*lead, *losses.shape[1:])
+    if known is None or losses is None:
+        return loss, None
+    return loss, LossStats(*(rows.reshape(lead) for rows in (losses, *known)))
 
 
 def _compute_dtype(arrays: Arrays) -> jnp.dtype:
@@ -214,34 +233,42 @@ def _compute_dtype(arrays: Arrays) -> jnp.dtype:
 # logits' gradient is made and used up chunk by chunk. The sum knows its cotangent but for a factor, so its gradients
 # come together with the losses: three matrix products in all. The single losses wait for their cotangents and then
 # make the logits anew: four. Tokens that are not `live`, where that is given, are as good as ignored: those of weight
-# 0, unless the derivative by their weight, which is their loss, is wanted.
+# 0, unless the derivative by their weight, which is their loss, is wanted. Beside the losses they give what else is
+# known of each token, where that is wanted, and beside the sum the losses then, too.
 
 _Live = Bool[Array, " tokens"] | None
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _total(options: Options, arrays: Arrays, scale: Float[Array, ""] | Float[Array, " tokens"]) -> Float[Array, ""]:
+def _total(
+    options: Options, arrays: Arrays, scale: Float[Array, ""] | Float[Array, " tokens"]
+) -> tuple[Float[Array, ""], Float[Array, " tokens"] | None, _Known | None]:
     """`sum(scale * losses)`."""
-    live = _live(scale)
-    return _scaled_sum(scale, _losses(options, arrays, live))
+    losses, known = _losses(options, arrays, _live(scale))
+    return _scaled_sum(scale, losses), None if known is None else losses, known
 
 
 @partial(_total.defjvp, symbolic_zeros=True)
-def _total_jvp(options: Options, primals: tuple[Arrays, Array], tangents: tuple[Any, Any]) -> tuple[Array, Array]:
+def _total_jvp(options: Options, primals: tuple[Arrays, Array], tangents: tuple[Any, Any]) -> tuple[Any, Any]:
     arrays, scale = primals
     arrays_dot, scale_dot = tangents
     live = None if is_perturbed(scale_dot) else _live(scale)
     if _only_by_ad(arrays_dot):
-        return _jvp_by_ad(partial(_sweep_total, options, live), primals, tangents)
+        return _with_known(*_jvp_by_ad(partial(_sweep_total, options, live), primals, tangents))
     wanted, linear_dot = _wanted(arrays_dot)
-    losses, gradients = _losses_and_gradients(
+    losses, known, gradients = _losses_and_gradients(
         options, wanted, arrays, jnp.broadcast_to(scale, arrays.hidden.shape[:1]), live
     )
     terms = [inner(g, t) for g, t in zip(jax.tree.leaves(gradients), linear_dot, strict=True)]
     tangent = options.classes.total(sum(terms, jnp.zeros((), losses.dtype)))
     if is_perturbed(scale_dot):
         tangent += _scaled_sum(scale_dot, losses)
-    return _scaled_sum(scale, losses), tangent
+    return _with_known(_scaled_sum(scale, losses), tangent, (None if known is None else losses, known))
+
+
+def _with_known(out: Array, tangent: Array, known: tuple[Any, ...]) -> tuple[Any, Any]:
+    """What a rule returns."""
+    return (out, *known), (tangent, *unmoved(known))
 
 
 def _live(scale: Float[Array, ""] | Float[Array, " tokens"]) -> _Live:
@@ -267,35 +294,40 @@ def _kept(gradient: Array, dtype: DTypeLike) -> Array:
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _weighted(options: Options, arrays: Arrays, v: Float[Array, " tokens"]) -> Float[Array, "tokens ..."]:
+def _weighted(
+    options: Options, arrays: Arrays, v: Float[Array, " tokens"]
+) -> tuple[Float[Array, "tokens ..."], _Known | None]:
     """The loss of each token, times its weight."""
-    return _times(v, _losses(options, arrays, _live(v)))
+    losses, known = _losses(options, arrays, _live(v))
+    return _times(v, losses), known
 
 
 @partial(_weighted.defjvp, symbolic_zeros=True)
-def _weighted_jvp(options: Options, primals: tuple[Arrays, Array], tangents: tuple[Any, Any]) -> tuple[Array, Array]:
+def _weighted_jvp(options: Options, primals: tuple[Arrays, Array], tangents: tuple[Any, Any]) -> tuple[Any, Any]:
     live = None if is_perturbed(tangents[1]) else _live(primals[1])
 
-    def weighted(arrays: Arrays, v: Array) -> Array:
-        return _times(v, _losses(options, arrays, live))
+    def weighted(arrays: Arrays, v: Array) -> tuple[Array, tuple[Any, ...]]:
+        losses, known = _losses(options, arrays, live)
+        return _times(v, losses), (known,)
 
-    return _jvp_by_ad(weighted, primals, tangents)
+    return _with_known(*_jvp_by_ad(weighted, primals, tangents))
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _losses(options: Options, arrays: Arrays, live: _Live) -> Float[Array, "tokens ..."]:
+def _losses(options: Options, arrays: Arrays, live: _Live) -> tuple[Float[Array, "tokens ..."], _Known | None]:
     """The loss of each token, 0 of those that are not live."""
-    return _sweep(options, _NOTHING, arrays, None, live)[0]
+    return _sweep(options, _NOTHING, arrays, None, live)[:2]
 
 
 @partial(_losses.defjvp, symbolic_zeros=True)
-def _losses_jvp(options: Options, primals: tuple[Arrays, _Live], tangents: tuple[Any, Any]) -> tuple[Array, Array]:
+def _losses_jvp(options: Options, primals: tuple[Arrays, _Live], tangents: tuple[Any, Any]) -> tuple[Any, Any]:
     (arrays, live), (arrays_dot, _) = primals, tangents
     if _only_by_ad(arrays_dot):
-        return _jvp_by_ad(partial(_sweep_losses, options, live), (arrays,), (arrays_dot,))
+        return _with_known(*_jvp_by_ad(partial(_sweep_losses, options, live), (arrays,), (arrays_dot,)))
     wanted, linear_dot = _wanted(arrays_dot)
     tangent = _directional(options, wanted, arrays, live is not None, linear_dot)
-    return _losses(options, arrays, live), options.classes.total(tangent)
+    losses, known = _losses(options, arrays, live)
+    return _with_known(losses, options.classes.total(tangent), (known,))
 
 
 def _directional(
@@ -318,7 +350,8 @@ def _directional(
         # All parts of the classes have the same cotangents, but types say that they may differ.
         counts = jnp.any(c != 0.0, tuple(range(1, c.ndim))).astype(jnp.int32)
         live = options.classes.total(counts) > 0 if weighted else None
-        gradients = _losses_and_gradients(options, wanted, known, c, live)[1]
+        silent = options._replace(loss=options.loss._replace(stats=False))
+        gradients = _losses_and_gradients(silent, wanted, known, c, live)[-1]
         return tuple(g.astype(dtype) for g, dtype in zip(jax.tree.leaves(gradients), dtypes, strict=True))
 
     return linear(along, transposed, tuple(leaves), *direction)
@@ -327,8 +360,8 @@ def _directional(
 @partial(jax.custom_jvp, nondiff_argnums=(0, 1))
 def _losses_and_gradients(
     options: Options, wanted: _Wanted, arrays: Arrays, scale: Float[Array, "tokens ..."], live: _Live
-) -> tuple[Float[Array, "tokens ..."], _Gradients]:
-    """Losses, and the gradients of `sum(scale * losses)`; this device's terms of them if the classes are split."""
+) -> tuple[Float[Array, "tokens ..."], _Known | None, _Gradients]:
+    """Losses, what else is known, and gradients of `sum(scale * losses)`; of split classes this device's terms."""
     return _sweep(options, wanted, arrays, scale, live)
 
 
@@ -337,9 +370,11 @@ def _losses_and_gradients_jvp(options: Options, wanted: _Wanted, primals: Any, t
     live = None if is_perturbed(tangents[1]) else primals[2]
 
     def sweep(arrays: Arrays, scale: Array) -> Any:
-        return _sweep(options, wanted, arrays, scale, live, differentiable=True)
+        losses, known, gradients = _sweep(options, wanted, arrays, scale, live, differentiable=True)
+        return (losses, gradients), known
 
-    return _jvp_by_ad(sweep, primals[:2], tangents[:2])
+    (losses, gradients), (losses_dot, gradients_dot), known = _jvp_by_ad(sweep, primals[:2], tangents[:2])
+    return (losses, known, gradients), (losses_dot, unmoved(known), gradients_dot)
 
 
 def _sweep(
@@ -350,8 +385,8 @@ def _sweep(
     live: _Live,
     *,
     differentiable: bool = False,
-) -> tuple[Float[Array, "tokens ..."], _Gradients]:
-    """One loop over chunks of tokens: the losses, and the wanted gradients of `sum(scale * losses)`.
+) -> tuple[Float[Array, "tokens ..."], _Known | None, _Gradients]:
+    """One loop over chunks of tokens: losses, what else is known, and wanted gradients of `sum(scale * losses)`.
 
     With `differentiable` every operation is one that AD can differentiate in both directions, recomputing each chunk,
     at the price of one more array of the kernel's size. Otherwise gradients are updated in place, and the machine
@@ -382,7 +417,7 @@ _Way = Literal["differentiable", "tiles", "logits", "fused"]
 
 def _sweep_in_caches(
     options: Options, wanted: _Wanted, arrays: Arrays, scale: Array | None, counts: _Live
-) -> tuple[Float[Array, "tokens ..."], _Gradients]:
+) -> tuple[Float[Array, "tokens ..."], _Known | None, _Gradients]:
     chunks = _small_chunks(options, arrays, counts, skip=True)
     return _loop(options, "tiles", chunks, wanted, arrays, scale)
 
@@ -400,14 +435,14 @@ def _sweep_fused(
     counts: _Live,
     *,
     holds_logits: bool = False,
-) -> tuple[Float[Array, "tokens ..."], _Gradients]:
+) -> tuple[Float[Array, "tokens ..."], _Known | None, _Gradients]:
     """Where a product can leave its accumulator as exponentials, unless the compiler `holds_logits` all the same."""
     tokens, features = arrays.hidden.shape
     smoothed = arrays.added.uniform is not None and arrays.weight is not None
     indices = jnp.issubdtype(arrays.labels.dtype, jnp.integer)
     any_kernel = options.loss.implementation in (None, "xla")
     plain = indices and not smoothed and arrays.where is None and options.softcap is None and not wanted[3]
-    plain = plain and not options.entropy
+    plain = plain and not options.entropy and not options.loss.stats  # no product knows where its maximum is
     way = "fused" if any_kernel and plain else "logits"
     stored = (
         _dtype_of_exponentials(wanted, arrays) if way == "fused" else jnp.result_type(arrays.hidden, arrays.kernel)
@@ -428,7 +463,7 @@ def _loop(
     wanted: _Wanted,
     arrays: Arrays,
     scale: Float[Array, "tokens ..."] | None,
-) -> tuple[Float[Array, "tokens ..."], _Gradients]:
+) -> tuple[Float[Array, "tokens ..."], _Known | None, _Gradients]:
     hidden, labels, dtype = arrays.hidden, arrays.labels, _compute_dtype(arrays)
     tokens = hidden.shape[0]
     given = _given(arrays)
@@ -441,10 +476,12 @@ def _loop(
         largest = jnp.where((largest > 0.0) & jnp.isfinite(largest), largest, 1.0)
         scale = scale / largest
 
-    def products(x: Array, given: _Given, labels: Array, counts: Array, s: Array) -> tuple[Array, _Gradients]:
+    def products(
+        x: Array, given: _Given, labels: Array, counts: Array, s: Array
+    ) -> tuple[Array, _Known | None, _Gradients]:
         if not any(wanted):
-            return _losses_of(options, given, near, x, labels), _Gradients(None, None, None, None)
-        loss, g, of_scale = _losses_and_gradient_of(options, given, near, stored, x, labels, counts, s)
+            return *_losses_of(options, given, near, x, labels), _Gradients(None, None, None, None)
+        loss, known, g, of_scale = _losses_and_gradient_of(options, given, near, stored, x, labels, counts, s)
         bias_term = jnp.sum(g, 0) if wanted[2] else None
         scale_term = jnp.sum(of_scale) if wanted[3] and of_scale is not None else None
         g = g.astype(operand)
@@ -453,21 +490,21 @@ def _loop(
             kernel = given.layer.kernel
             hidden_term = _dot(kernel, g, 1, 1, dtype).T if way == "tiles" else _dot(g, kernel, 1, 1, dtype)
         kernel_term = (g if way == "tiles" else _dot(x, g, 0, 0, dtype)) if wanted[1] else None
-        return loss, _Gradients(hidden_term, kernel_term, bias_term, scale_term)
+        return loss, known, _Gradients(hidden_term, kernel_term, bias_term, scale_term)
 
     if way == "differentiable":
         products = jax.checkpoint(products)
     rows = options.rows(tokens)
     by_token = jax.tree.map(chunks.spread, (hidden, labels, jnp.ones(rows, dtype) if scale is None else scale))
 
-    def step(i: Any, carry: tuple[Array, _Gradients]) -> tuple[Array, _Gradients]:
-        losses, gradients = carry
+    def step(i: Any, carry: tuple[Any, _Gradients]) -> tuple[Any, _Gradients]:
+        told, gradients = carry
         counts = chunks.counts(i)
         x, y, s = (chunks.take(rows, i) for rows in by_token)
         x = jnp.where(counts[:, None], x, 0).astype(operand)  # NaNs of a row that does not count must not spread
         y = y if arrays.teacher is None else jnp.where(counts[:, None], y, 0)
         s = jnp.where(_beside(s, counts), s, 0.0)
-        loss, terms = products(x, given, y, counts, s)
+        loss, known, terms = products(x, given, y, counts, s)
         of_hidden, of_kernel, of_bias, of_scale = gradients
         if of_hidden is not None and terms.hidden is not None:
             of_hidden = chunks.put(of_hidden, terms.hidden, i)
@@ -483,13 +520,18 @@ def _loop(
             of_bias = of_bias + terms.bias
         if of_scale is not None and terms.logit_scale is not None:
             of_scale = of_scale + terms.logit_scale
-        losses = chunks.put(losses, jnp.where(_beside(loss, counts), loss, 0.0), i)
-        return losses, _Gradients(of_hidden, of_kernel, of_bias, of_scale)
+
+        def put(rows: Array, some: Array) -> Array:
+            return chunks.put(rows, jnp.where(_beside(some, counts), some, jnp.zeros((), some.dtype)), i)
+
+        told = jax.tree.map(put, told, (loss, jax.lax.stop_gradient(known)))
+        return told, _Gradients(of_hidden, of_kernel, of_bias, of_scale)
 
     once = way == "fused" and isinstance(chunks.steps, int) and chunks.steps == 1
     zero = vary(jnp.zeros((), dtype), *jax.tree.leaves((arrays, scale)))
+    nothing = chunks.spread(jnp.broadcast_to(options.classes.total(zero), rows))
     start = (
-        chunks.spread(jnp.broadcast_to(options.classes.total(zero), rows)),
+        (nothing, _Known(nothing, nothing.astype(jnp.int32)) if options.loss.stats else None),
         _Gradients(
             chunks.spread(jnp.broadcast_to(zero, hidden.shape)) if wanted[0] else None,
             jnp.broadcast_to(zero, arrays.kernel.shape) if wanted[1] and not once else None,
@@ -498,25 +540,32 @@ def _loop(
         ),
     )
     if once:
-        losses, gradients = step(0, start)
+        told, gradients = step(0, start)
     else:  # Without tokens nothing can be indexed, even in a loop of no steps.
-        losses, gradients = jax.lax.fori_loop(0, chunks.steps, step, start) if tokens else start
+        told, gradients = jax.lax.fori_loop(0, chunks.steps, step, start) if tokens else start
     if gradients.hidden is not None:
         gradients = gradients._replace(hidden=chunks.gather(gradients.hidden))
     if largest is not None:
         gradients = _Gradients(*(None if g is None else g * largest for g in gradients))
     of = zip(gradients, (arrays.hidden, arrays.kernel, arrays.bias, arrays.logit_scale), strict=True)
-    return chunks.gather(losses), _Gradients(*(None if g is None or x is None else _kept(g, x.dtype) for g, x in of))
+    losses, known = jax.tree.map(chunks.gather, told)
+    return losses, known, _Gradients(*(None if g is None or x is None else _kept(g, x.dtype) for g, x in of))
 
 
-def _sweep_losses(options: Options, live: _Live, arrays: Arrays) -> Float[Array, "tokens ..."]:
+def _sweep_losses(
+    options: Options, live: _Live, arrays: Arrays
+) -> tuple[Float[Array, "tokens ..."], tuple[_Known | None]]:
     """`_losses` for AD."""
-    return _sweep(options, _NOTHING, arrays, None, live, differentiable=True)[0]
+    losses, known, _ = _sweep(options, _NOTHING, arrays, None, live, differentiable=True)
+    return losses, (known,)
 
 
-def _sweep_total(options: Options, live: _Live, arrays: Arrays, scale: Array) -> Float[Array, ""]:
+def _sweep_total(
+    options: Options, live: _Live, arrays: Arrays, scale: Array
+) -> tuple[Float[Array, ""], tuple[Array | None, _Known | None]]:
     """`_total` for AD."""
-    return _scaled_sum(scale, _sweep_losses(options, live, arrays))
+    losses, (known,) = _sweep_losses(options, live, arrays)
+    return _scaled_sum(scale, losses), (None if known is None else losses, known)
 
 
 def _sweep_directional(
@@ -544,7 +593,7 @@ def _sweep_directional(
             logits_dot += _dot(x.astype(dtype), kernel_dot, 1, 0, dtype)
 
         def of(unit: Array) -> Array:
-            _, g, of_scale = _losses_and_gradient_of(options, given, None, dtype, x, y, counts, unit)
+            _, _, g, of_scale = _losses_and_gradient_of(options, given, None, dtype, x, y, counts, unit)
             tangent = jnp.sum(g * logits_dot, 1)
             return tangent if scale_dot is None or of_scale is None else tangent + scale_dot * of_scale
 
@@ -603,18 +652,25 @@ def _given(arrays: Arrays) -> _Given:
 
 def _losses_of(
     options: Options, given: _Given, near: Center | None, x: Array, labels: Array
-) -> Float[Array, "size ..."]:
-    """The losses of hidden states; without their logits if it is known what these are `near`."""
+) -> tuple[Float[Array, "size ..."], _Known | None]:
+    """The losses of hidden states, and what else is known; without logits if it is known what these are `near`."""
     if options.divergence is not None and given.teacher is not None:
         logits, of_teacher = given.shown(given.layer.logits(x)), given.shown(_logits(given.teacher, labels))
-        return divergences(options.classes, options.divergence, logits, of_teacher)
+        return divergences(options.classes, options.divergence, logits, of_teacher), None
     losses = given.mixture(options, labels, x)
     if near is None:
         logits = given.shown(_capped(options, given.layer.logits(x)))
-        loss = losses.rows(options.how, logits, jnp.ones((), logits.dtype))
-        return loss if not options.entropy else jnp.stack([loss, entropies(options.classes, logits)], 1)
+        loss, stats = losses.rows(options.how, logits, jnp.ones((), logits.dtype), options.loss.stats)
+        if options.entropy:
+            loss = jnp.stack([loss, entropies(options.classes, logits)], 1)
+        return loss, _known(stats)
     assert losses.label is not None
-    return mixed(losses.label, product_losses(given.layer, near, x, losses.label, options.classes), losses.factors)
+    parts = product_losses(given.layer, near, x, losses.label, options.classes)
+    return mixed(losses.label, parts, losses.factors), None
+
+
+def _known(stats: LossStats | None) -> _Known | None:
+    return None if stats is None else _Known(*stats[1:])
 
 
 def _losses_and_gradient_of(
@@ -626,8 +682,8 @@ def _losses_and_gradient_of(
     labels: Array,
     counts: Bool[Array, " size"],
     scale: Float[Array, "size ..."],
-) -> tuple[Float[Array, "size ..."], Float[Array, "size classes"], Float[Array, " size"] | None]:
-    """The losses of hidden states, and gradients of `sum(scale * losses)`.
+) -> tuple[Float[Array, "size ..."], _Known | None, Float[Array, "size classes"], Float[Array, " size"] | None]:
+    """The losses of hidden states, what else is known of these, and gradients of `sum(scale * losses)`.
 
     First with respect to logits before they are scaled; then, if they are held, for each token by what scales them.
     """
@@ -635,7 +691,8 @@ def _losses_and_gradient_of(
     if options.divergence is not None and given.teacher is not None:
         logits, of_teacher = given.shown(layer.logits(x)), given.shown(_logits(given.teacher, labels))
         scale = jnp.where(counts, scale, 0.0)
-        return *divergences_and_gradient(options.classes, options.divergence, logits, of_teacher, scale), None
+        loss, gradient = divergences_and_gradient(options.classes, options.divergence, logits, of_teacher, scale)
+        return loss, None, gradient, None
     losses = given.mixture(options, labels, x)
     if losses.label is not None:  # what does not count has no label: no infinity of the kernel may reach it
         losses = losses._replace(label=jnp.where(counts, losses.label, -1))
@@ -644,7 +701,7 @@ def _losses_and_gradient_of(
         logits = _capped(options, layer.scaled(unscaled))
         shown = given.shown(logits)
         of_loss = scale[:, 0] if options.entropy else scale
-        loss, gradient = losses.rows_and_gradient(options.how, shown, of_loss)
+        loss, stats, gradient = losses.rows_and_gradient(options.how, shown, of_loss, options.loss.stats)
         if options.entropy:
             h, curved = entropies_and_gradient(options.classes, shown, scale[:, 1])
             loss = jnp.stack([loss, h], 1)
@@ -652,11 +709,11 @@ def _losses_and_gradient_of(
         if options.softcap is not None:
             gradient = gradient * (1.0 - (logits / options.softcap) ** 2)
         of_scale = None if layer.scale is None else jnp.sum(gradient * unscaled, 1)
-        return loss, layer.scaled(gradient), of_scale
+        return loss, _known(stats), layer.scaled(gradient), of_scale
     assert losses.label is not None
     rows = losses.factors.times(layer.scaled(scale)).rows(losses.label)
     *parts, gradient = product_losses_and_gradient(layer, near, x, losses.label, rows, options.classes, stored)
-    return mixed(losses.label, parts, losses.factors), gradient, None
+    return mixed(losses.label, parts, losses.factors), None, gradient, None
 
 
 def _logits(layer: Layer, x: Float[Array, "size features"]) -> Float[Array, "size classes"]:
@@ -721,8 +778,8 @@ def _wanted(arrays_dot: Any) -> tuple[_Wanted, tuple[Array, ...]]:
     return wanted, tuple(t for t, want in zip(linear, wanted, strict=True) if want)
 
 
-def _jvp_by_ad(f: Callable[..., Any], primals: Any, tangents: Any) -> tuple[Any, Any]:
-    """`jax.jvp`, given zero tangents as custom_jvp gives them."""
+def _jvp_by_ad(f: Callable[..., Any], primals: Any, tangents: Any) -> tuple[Any, Any, Any]:
+    """`jax.jvp`, given zero tangents as custom_jvp gives them, of what gives something without derivatives, too."""
     leaves, structure = jax.tree.flatten(primals)
     dots = jax.tree.leaves(tangents, is_leaf=lambda t: isinstance(t, SymbolicZero))
     moving = [i for i, t in enumerate(dots) if is_perturbed(t)]
@@ -733,4 +790,4 @@ def _jvp_by_ad(f: Callable[..., Any], primals: Any, tangents: Any) -> tuple[Any,
             every[i] = value
         return f(*jax.tree.unflatten(structure, every))
 
-    return jax.jvp(of_moving, [leaves[i] for i in moving], [dots[i] for i in moving])
+    return jax.jvp(of_moving, [leaves[i] for i in moving], [dots[i] for i in moving], has_aux=True)

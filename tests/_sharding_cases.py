@@ -19,7 +19,7 @@ from jax.sharding import PartitionSpec as P
 import jaxent
 from jaxent._kernels import native
 
-pytestmark = pytest.mark.more(one_in=12)
+pytestmark = pytest.mark.more(cases=2)
 
 SIZES = {"n": 16, "c": 32, "l": 3, "d": 12}  # tokens, classes, and two axes that are never sharded
 
@@ -69,6 +69,14 @@ def _log_probs(hidden, kernel, labels, **options):
     return log_probs - jnp.cos(entropies)
 
 
+def _with_stats(function, **arguments):
+    """The loss beside all that is known of it."""
+    loss, stats = function(**arguments, return_stats=True)
+    return loss + jnp.cos(stats.loss) * jnp.sin(loss) + stats.logsumexp * (1.0 + jnp.cos(stats.predicted))
+
+
+_STATS_CE = partial(_case, partial(_with_stats, jaxent.cross_entropy), reduction="none")
+_STATS_LCE = partial(_case, partial(_with_stats, jaxent.linear_cross_entropy), reduction="none", chunk_size=4)
 _NLL = partial(_case, jaxent.nll, wrt=("log_probs",), reduction="none")
 CASES = {
     "softmax": _case(jaxent.softmax, _LOGITS, "nc"),
@@ -194,10 +202,20 @@ CASES = {
         _LINEAR | {"sample_weight": "n"}, "", wrt=(*_LEARNT, "sample_weight"), ignored=True, reduction="mean"
     ),
 }
+CASES |= {
+    "cross_entropy with stats": _STATS_CE(_INDICES | {"weight": "c"}, wrt=("logits", "weight"), ignored=True),
+    "cross_entropy probabilities with stats": _STATS_CE(_SOFT, wrt=("logits", "labels")),
+    "linear_cross_entropy with stats": _STATS_LCE(_LINEAR, wrt=_LEARNT, ignored=True),
+}
 # What TPUs and GPUs get, and here whoever asks for it: logits that never leave the product.
 CASES |= {
     f"{name}, fused": replace(CASES[name], options=CASES[name].options | {"implementation": "xla"})
-    for name in ("linear_cross_entropy of rows", "linear_cross_entropy bfloat16", "linear_cross_entropy mean")
+    for name in (
+        "linear_cross_entropy of rows",
+        "linear_cross_entropy bfloat16",
+        "linear_cross_entropy mean",
+        "linear_cross_entropy with stats",
+    )
 }
 LINEAR_CASES = [name for name in CASES if name.startswith("linear")]
 

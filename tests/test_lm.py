@@ -34,8 +34,8 @@ def runs() -> dict[Loss, Run]:
         state, step = train_lm.compile_step(TINY, loss)
         losses: list[float] = []
         for batch in train_lm.batches(TINY, text):
-            state, value = step(state, batch)
-            losses.append(float(value))
+            state, log = step(state, batch)
+            losses.append(float(log["loss"]))
         return Run(step, state, losses)
 
     return {loss: run(loss) for loss in get_args(Loss)}
@@ -55,6 +55,25 @@ def test_the_gradients_are_those_of_the_unfused_run(runs: dict[Loss, Run], loss:
     means, expected = (optax.tree_utils.tree_get(runs[name].state[1], "mu") for name in (loss, "unfused"))
     for mean, value in zip(jax.tree.leaves(means), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(mean, value, rtol=0, atol=1e-4 * np.abs(value).max())
+
+
+@pytest.mark.parametrize("loss", get_args(Loss))
+def test_padding_adds_nothing_and_the_log_is_of_what_counts(loss: Loss) -> None:
+    rng = np.random.default_rng(0)
+    batch = rng.integers(1, 50, (3, 9)).astype(np.int32)
+    batch[0, 4], batch[1, 0] = train_lm.END, train_lm.END
+    counts = np.asarray(train_lm.counted(batch))
+    assert counts.sum(1).tolist() == [4, 0, 8]  # the mark itself is the last label of its file
+    hidden, kernel = rng.normal(size=(24, 8)), rng.normal(size=(8, 50))
+    hidden, kernel = (x.astype(np.float32) for x in (hidden, kernel))
+    labels, flat = batch[:, 1:].reshape(-1), counts.reshape(-1)
+    value, stats = train_lm.loss_of_hidden(loss, hidden, kernel, labels, flat, 0.01)
+    logits = (hidden @ kernel)[flat].astype(np.float64)
+    lse = np.log(np.exp(logits).sum(1))
+    losses = lse - logits[np.arange(len(lse)), labels[flat]] + 0.01 * lse**2
+    np.testing.assert_allclose(value, losses.mean(), rtol=1e-5)
+    np.testing.assert_allclose(np.asarray(stats.logsumexp)[flat], lse, rtol=1e-5)
+    np.testing.assert_array_equal(np.asarray(stats.predicted)[flat], logits.argmax(1))
 
 
 def test_the_fused_step_plans_for_no_logits(runs: dict[Loss, Run]) -> None:

@@ -83,12 +83,14 @@ def _row_function(plain: Callable[..., Any]) -> Any:
     def defjvp(rule: Callable[..., Any]) -> Callable[..., Any]:
         """Take a rule of primals, tangents (None where there is none) and options, for the meaning to give.
 
+        It gives tangents of the first results; those without are not differentiable.
         Not by `jax.custom_jvp`, whose rules are forgotten in the loops and checkpoints of a first derivative.
         """
 
         def of_primitive(primals: Any, tangents: Any, **options: Any) -> Any:
             moving = [None if isinstance(t, ad.Zero) else t for t in tangents]
-            return tuple(map(as_tuple, rule(primals, moving, **options)))
+            out, along = map(as_tuple, rule(primals, moving, **options))
+            return out, (*along, *(ad.Zero(jax.typeof(x).to_tangent_aval()) for x in out[len(along) :]))
 
         ad.primitive_jvps[primitive] = of_primitive
         return rule

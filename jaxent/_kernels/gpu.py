@@ -16,7 +16,7 @@ from jax.experimental.pallas import triton as plgpu
 from jax.typing import DTypeLike
 
 from .._class_axis import ClassAxis
-from .rows import FUNCTIONS, Function, Part, Rows, grouped, repeat, struct
+from .rows import Function, Part, Rows, function_of, grouped, repeat, struct
 from .rows import refusal as refusal_of_any
 
 INTERPRET: Any = False  # tests run the kernels on CPUs
@@ -30,7 +30,7 @@ AMPERE = 8.0  # of compute capability
 
 def _kernel(function: Function, classes: int, block: int, *refs: Any) -> None:
     row, entry = pl.program_id(0), function.entry
-    wide, labels, given, out_rows, out = grouped(function, refs)
+    wide, labels, given, out_rows, out, predicted = grouped(function, refs)
     blocks = pl.cdiv(classes, block)
     position = jax.lax.broadcasted_iota(jnp.int32, (block,), 0)
     y = labels[0][row] if labels else None
@@ -59,16 +59,22 @@ def _kernel(function: Function, classes: int, block: int, *refs: Any) -> None:
 
     def collect(i: Any, so_far: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         inside, of_part = part(i, m)
-        return tuple(
-            jnp.where(inside, *both) for both in zip(function.collect(of_part, *so_far), so_far, strict=True)
-        )
+        sums, first = so_far[: function.sums], so_far[function.sums :]
+        for so_far_first in first:
+            here = jnp.where(of_part.largest, position + i * block, classes)
+            first = (jnp.minimum(here, so_far_first),)
+        collected = *function.collect(of_part, *sums), *first
+        return tuple(jnp.where(inside, *both) for both in zip(collected, so_far, strict=True))
 
     m = jnp.max(repeat(blocks, maximum, jnp.full((block,), -jnp.inf, jnp.float32)))
-    sums = repeat(blocks, collect, (jnp.zeros((block,), jnp.float32),) * function.sums)
+    nothing = (jnp.zeros((block,), jnp.float32),) * function.sums
+    collected = repeat(blocks, collect, (*nothing, *(jnp.full((block,), classes) for _ in predicted)))
     known = Rows(m, classes, tuple(ref[row] for ref in given))
-    results, coefficients = function.finish(known, *map(jnp.sum, sums))
-    for ref, result in zip(out_rows, results, strict=True):
+    results, coefficients = function.finish(known, *map(jnp.sum, collected[: function.sums]))
+    for ref, result in zip(out_rows, results, strict=False):
         ref[row] = result
+    for ref, first in zip(predicted, collected[function.sums :], strict=True):
+        ref[row] = jnp.min(first)
     if entry is None:
         return
 
@@ -81,11 +87,9 @@ def _kernel(function: Function, classes: int, block: int, *refs: Any) -> None:
 
 
 def _function(name: str) -> Callable[..., Any]:
-    function = FUNCTIONS[name]
-
-    def served(*arrays: jax.Array, axis: ClassAxis, dtype: DTypeLike = jnp.float32) -> Any:
+    def served(*arrays: jax.Array, axis: ClassAxis, dtype: DTypeLike = jnp.float32, stats: bool = False) -> Any:
         del axis
-        shape = arrays[0].shape
+        function, shape = function_of(name, stats), arrays[0].shape
         rows, classes = math.prod(shape[:-1]), shape[-1]
         block = min(BLOCK, pl.next_power_of_2(classes))
 
@@ -95,7 +99,7 @@ def _function(name: str) -> Callable[..., Any]:
             narrowed = kind == "y" and x.dtype != jnp.int32
             return (jnp.clip(x, -1, classes).astype(jnp.int32) if narrowed else x).reshape(rows)
 
-        out_shapes = {"o": ((rows, classes), dtype), "s": ((rows,), jnp.float32)}
+        out_shapes = {"o": ((rows, classes), dtype), "s": ((rows,), jnp.float32), "p": ((rows,), jnp.int32)}
         out = pl.pallas_call(
             partial(_kernel, function, classes, block),
             out_shape=[struct(*out_shapes[kind], *arrays) for kind in function.results],

@@ -56,13 +56,14 @@ def refusal(_: str, *arrays: Any, dtype: DTypeLike = jnp.float32, **__: Any) -> 
     return unavailable()
 
 
-def _row_function(name: str, results: str) -> Callable[..., Any]:
-    """A letter for each result: one of the logits' shape (o), or a number for each row (r)."""
+def _row_function(name: str, results: str, of_stats: str = "") -> Callable[..., Any]:
+    """A letter for each result: one of the logits' shape (o), or for each row a number (r) or a class (p)."""
 
-    def function(*arrays: jax.Array, axis: ClassAxis, dtype: DTypeLike = jnp.float32) -> Any:
+    def function(*arrays: jax.Array, axis: ClassAxis, dtype: DTypeLike = jnp.float32, stats: bool = False) -> Any:
         shape = arrays[0].shape
-        row = jax.ShapeDtypeStruct(axis.rows(shape), jnp.float32)
-        out = tuple(row if kind == "r" else jax.ShapeDtypeStruct(shape, dtype) for kind in results)
+        row, label = (jax.ShapeDtypeStruct(axis.rows(shape), kind) for kind in (jnp.float32, jnp.int32))
+        kinds = {"r": row, "p": label, "o": jax.ShapeDtypeStruct(shape, dtype)}
+        out = tuple(kinds[kind] for kind in (results + of_stats if stats else results))
         return _call(name, out, arrays, axis)
 
     return function
@@ -84,11 +85,11 @@ softmax = _row_function("softmax", "o")
 log_softmax = _row_function("log_softmax", "o")
 softmax_derivative = _row_function("softmax_derivative", "o")
 log_softmax_derivative = _row_function("log_softmax_derivative", "o")
-label_loss = _row_function("label_loss", "rrr")
-label_loss_and_gradient = _row_function("label_loss_and_gradient", "rrro")
+label_loss = _row_function("label_loss", "rrr", "p")
+label_loss_and_gradient = _row_function("label_loss_and_gradient", "rrro", "p")
 log_softmax_pullback = _row_function("log_softmax_pullback", "o")
-expected_loss = _row_function("expected_loss", "r")
-expected_loss_and_gradient = _row_function("expected_loss_and_gradient", "ro")
+expected_loss = _row_function("expected_loss", "r", "rp")
+expected_loss_and_gradient = _row_function("expected_loss_and_gradient", "ro", "rp")
 
 
 # PyTorch's nll_loss of log_softmax takes two passes that one can do: whoever is given the log-probabilities of labels

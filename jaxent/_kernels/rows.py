@@ -53,7 +53,7 @@ class Function(NamedTuple):
     """A row function, for a machine that says how a row lies in memory.
 
     Letters stand for arrays: the logits and what has their shape (x, t), labels (y), and numbers a row (r); of the
-    results those of the logits' shape (o) and those of a number a row (s).
+    results those of the logits' shape (o), those of a number a row (s), and the first class of the largest logit (p).
     """
 
     arguments: str
@@ -63,6 +63,7 @@ class Function(NamedTuple):
     finish: Callable[..., Finished]  # of Rows and the sums
     entry: Callable[..., Entries] | None = None  # of a Part and the coefficients
     keeps: bool = False  # whether `entry` needs exponentials
+    stats: str = ""  # results that there are on request
 
 
 def repeat(n: int, f: Callable[[Any, Any], Any], start: Any) -> Any:
@@ -79,11 +80,18 @@ def struct(shape: tuple[int, ...], dtype: DTypeLike, *like: Array) -> Any:
     return jax.eval_shape(result, *like)
 
 
+def function_of(name: str, stats: bool) -> Function:
+    """The row function of that name, with its stats or without."""
+    function = FUNCTIONS[name]
+    return function._replace(results=function.results + function.stats) if stats else function
+
+
 def grouped(function: Function, refs: tuple[Any, ...]) -> tuple[list[Any], ...]:
     """Of a kernel's arrays those of the logits' shape, the labels, all that is given of rows, and the results."""
     names = function.arguments + function.results
     return tuple(
-        [ref for ref, name in zip(refs, names, strict=False) if name in some] for some in ("xt", "y", "yr", "s", "o")
+        [ref for ref, name in zip(refs, names, strict=False) if name in some]
+        for some in ("xt", "y", "yr", "s", "o", "p")
     )
 
 
@@ -225,8 +233,9 @@ def _collect_expected(part: Part, total: Entries, others: Entries, gaps: Entries
     return total + part.e, others + part.others, gaps + gap, mass + part.t
 
 
-def _expected_rows(_: Rows, total: Row, others: Row, gaps: Row, mass: Row) -> Finished:
-    return (mass * _log_total(total, others) - gaps,), ()
+def _expected_rows(rows: Rows, total: Row, others: Row, gaps: Row, mass: Row) -> Finished:
+    log_total = _log_total(total, others)
+    return (mass * log_total - gaps, rows.m + log_total), ()  # the second where stats are wanted
 
 
 def _collect_expected_gradient(part: Part, of_others: Entries, *sums: Entries) -> Sums:
@@ -253,12 +262,19 @@ FUNCTIONS = {
     "log_softmax_pullback": Function(
         "xt", "o", 4, _collect_cotangents, _cotangent_rows, _log_softmax_cotangent, keeps=True
     ),
-    "label_loss": Function("xy", "sss", 3, _collect_losses, _loss_rows),
+    "label_loss": Function("xy", "sss", 3, _collect_losses, _loss_rows, stats="p"),
     "label_loss_and_gradient": Function(
-        "xyrrr", "ssso", 3, _collect_losses, _loss_gradient_rows, _loss_gradient, keeps=True
+        "xyrrr", "ssso", 3, _collect_losses, _loss_gradient_rows, _loss_gradient, keeps=True, stats="p"
     ),
-    "expected_loss": Function("xt", "s", 4, _collect_expected, _expected_rows),
+    "expected_loss": Function("xt", "s", 4, _collect_expected, _expected_rows, stats="sp"),
     "expected_loss_and_gradient": Function(
-        "xtr", "so", 5, _collect_expected_gradient, _expected_gradient_rows, _expected_gradient, keeps=True
+        "xtr",
+        "so",
+        5,
+        _collect_expected_gradient,
+        _expected_gradient_rows,
+        _expected_gradient,
+        keeps=True,
+        stats="sp",
     ),
 }

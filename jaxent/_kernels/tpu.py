@@ -17,7 +17,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jax.typing import DTypeLike
 
 from .._class_axis import ClassAxis
-from .rows import FUNCTIONS, Function, Part, Rows, grouped, repeat, struct
+from .rows import Function, Part, Rows, function_of, grouped, repeat, struct
 from .rows import refusal as refusal_of_any
 
 INTERPRET: Any = False  # tests run the kernels on CPUs
@@ -85,6 +85,18 @@ class _Block(NamedTuple):
             return (jnp.maximum(so_far[0], _wide(self.group(self.logits, i, first, width))),)
 
         return _folded(self.plan, step, 1, -jnp.inf, jnp.max, jnp.maximum)[0]
+
+    def first(self, i: Any, m: jax.Array) -> jax.Array:
+        """Of the rows of a group, the first class whose logit is `m`, as a number."""
+        spread = _spread(self.plan, m)
+        position = {w: jax.lax.broadcasted_iota(jnp.int32, x.shape, 1).astype(jnp.float32) for w, x in spread.items()}
+
+        def step(first: Any, width: int, so_far: Any) -> Any:
+            x = _wide(self.group(self.logits, i, first, width))
+            here = position[width] + jnp.asarray(first, jnp.float32)
+            return (jnp.minimum(so_far[0], jnp.where(x == spread[width], here, jnp.inf)),)
+
+        return _folded(self.plan, step, 1, jnp.inf, jnp.min, jnp.minimum)[0]
 
     def parts(self, i: Any, m: jax.Array, again: bool) -> Callable[[Any, int], Part]:
         """What gives the parts of a group, for the first time or again."""
@@ -177,7 +189,7 @@ def _folded(
 
 
 def _kernel(function: Function, plan: _Plan, *refs: Any) -> None:
-    wide, labels, given, out_rows, out = grouped(function, refs)
+    wide, labels, given, out_rows, out, predicted = grouped(function, refs)
     block = _Block(
         plan, wide[0], wide[1] if wide[1:] else None, labels[0] if labels else None, refs[-1] if plan.keeps else None
     )
@@ -190,12 +202,14 @@ def _kernel(function: Function, plan: _Plan, *refs: Any) -> None:
             return function.collect(part(first, width), *so_far)
 
         sums = _folded(plan, step, function.sums, 0.0, jnp.sum, jnp.add)
-        return tuple(_with_column(row, i, x) for row, x in zip(rows, (m, *sums), strict=True))
+        first = (block.first(i, m),) if predicted else ()
+        return tuple(_with_column(row, i, x) for row, x in zip(rows, (m, *sums, *first), strict=True))
 
     nothing = jnp.zeros((plan.group, plan.groups), jnp.float32)
-    largest, *sums = repeat(plan.groups, collect, (nothing,) * (1 + function.sums))
+    largest, *collected = repeat(plan.groups, collect, (nothing,) * (1 + function.sums + len(predicted)))
+    sums, first = collected[: function.sums], collected[function.sums :]
     results, of_rows = function.finish(Rows(largest, plan.classes, tuple(ref[...] for ref in given)), *sums)
-    for ref, result in zip(out_rows, results, strict=True):
+    for ref, result in zip((*out_rows, *predicted), (*results[: len(out_rows)], *first), strict=True):
         ref[...] = result
     entry = function.entry
     if entry is None:
@@ -220,11 +234,9 @@ def _kernel(function: Function, plan: _Plan, *refs: Any) -> None:
 
 
 def _function(name: str) -> Callable[..., Any]:
-    function = FUNCTIONS[name]
-
-    def served(*arrays: jax.Array, axis: ClassAxis, dtype: DTypeLike = jnp.float32) -> Any:
+    def served(*arrays: jax.Array, axis: ClassAxis, dtype: DTypeLike = jnp.float32, stats: bool = False) -> Any:
         del axis
-        shape = arrays[0].shape
+        function, shape = function_of(name, stats), arrays[0].shape
         batch, rows, classes = _sides(shape)
         plan = _plan_of(name, arrays, dtype)
         assert plan is not None
@@ -245,7 +257,8 @@ def _function(name: str) -> Callable[..., Any]:
         def as_given(x: jax.Array, kind: str) -> jax.Array:
             if kind == "o":
                 return x.reshape(shape)
-            return x.swapaxes(2, 3).reshape(batch, -1)[:, :rows].reshape(shape[:-1])
+            x = x.swapaxes(2, 3).reshape(batch, -1)[:, :rows].reshape(shape[:-1])
+            return jnp.where(x < classes, x, 0.0).astype(jnp.int32) if kind == "p" else x
 
         moved = sum(
             math.prod(s.shape) * s.dtype.itemsize for s in (*arrays, entries)[: None if function.entry else -1]
@@ -290,7 +303,7 @@ def _sides(shape: tuple[int, ...]) -> tuple[int, int, int]:
 
 
 def _plan_of(name: str, arrays: Any, dtype: DTypeLike) -> _Plan | None:
-    function = FUNCTIONS[name]
+    function = function_of(name, False)
     wide = [a.dtype for a, kind in zip(arrays, function.arguments, strict=True) if kind in "xt"]
     wide += [jnp.dtype(dtype)] * ("o" in function.results)
     _, rows, classes = _sides(arrays[0].shape)

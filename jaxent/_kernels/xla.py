@@ -62,46 +62,62 @@ def log_softmax_pullback(x: Logits, g: Logits, *, axis: ClassAxis, dtype: DTypeL
     return jnp.where(r.e > _threshold(total), of_dominant, every).astype(dtype)
 
 
-def label_loss(x: Logits, y: Integer[Array, "..."], *, axis: ClassAxis) -> tuple[Row, Row, Row]:
+def label_loss(x: Logits, y: Integer[Array, "..."], *, axis: ClassAxis, stats: bool = False) -> tuple[Row, ...]:
     r"""Of each row $-\log p_y$, the mean of $-\log p_k$ over all classes, and $\log \sum_k \exp x_k$.
 
-    A label below 0 stands for none: zeros. One that is too large gives NaN.
+    A label below 0 stands for none: zeros. One that is too large gives NaN. With `stats` also the first class whose
+    logit is $m$, or any number if there is none.
     """
-    return label_rows(_label_sums(x, y, axis)[0], y, axis=axis)
+    sums, _, _, largest = _label_sums(x, y, axis)
+    return *label_rows(sums, y, axis=axis), *((_first(largest, axis),) if stats else ())
 
 
 def label_loss_and_gradient(
-    x: Logits, y: Integer[Array, "..."], a: Row, u: Row, z: Row, *, axis: ClassAxis, dtype: DTypeLike
-) -> tuple[Row, Row, Row, Logits]:
-    r"""`label_loss`, $(l, \bar l, s)$, and the gradient of $a l + u \bar l + z s^2$.
+    x: Logits,
+    y: Integer[Array, "..."],
+    a: Row,
+    u: Row,
+    z: Row,
+    *,
+    axis: ClassAxis,
+    dtype: DTypeLike,
+    stats: bool = False,
+) -> tuple[Array, ...]:
+    r"""`label_loss`, $(l, \bar l, s)$, and the gradient of $a l + u \bar l + z s^2$; then its `stats`.
 
     That is $(a + u + 2 z s) p_k - u / C$ for all classes but the label, which has $-a$ more: together $-a$ times the
     probability of the others. It is 0 where all of $a$, $u$ and $z$ are, whatever the logits.
     """
-    sums, label, e = _label_sums(x, y, axis)
+    sums, label, e, largest = _label_sums(x, y, axis)
     gradient = label_gradient(sums, label, e, y, a, u, z, axis=axis)
-    return *label_rows(sums, y, axis=axis), gradient.astype(dtype)
+    known = (_first(largest, axis),) if stats else ()
+    return *label_rows(sums, y, axis=axis), gradient.astype(dtype), *known
 
 
-def expected_loss(x: Logits, q: Logits, *, axis: ClassAxis) -> Row:
-    r"""$-\sum_k q_k \log p_k$ of each row, where 0 times infinity is 0."""
+def expected_loss(x: Logits, q: Logits, *, axis: ClassAxis, stats: bool = False) -> tuple[Row, ...]:
+    r"""$-\sum_k q_k \log p_k$ of each row, where 0 times infinity is 0.
+
+    With `stats` also $\log \sum_k \exp x_k$ and the first class whose logit is $m$, as in `label_loss`.
+    """
     r = _exponentials(x, axis)
     q = wide(q).astype(r.e.dtype)
-    gaps = axis.sum(jnp.where(q == 0.0, 0.0, -q * r.d))
-    return axis.squeeze(gaps + axis.sum(q) * _log_total(*_sums(r, axis)))
+    gaps, log_total = axis.sum(jnp.where(q == 0.0, 0.0, -q * r.d)), _log_total(*_sums(r, axis))
+    loss = axis.squeeze(gaps + axis.sum(q) * log_total)
+    return loss, *((axis.squeeze(r.m + log_total), _first(r.largest, axis)) if stats else ())
 
 
 def expected_loss_and_gradient(
-    x: Logits, q: Logits, a: Row, *, axis: ClassAxis, dtype: DTypeLike
-) -> tuple[Row, Logits]:
-    r"""`expected_loss`, and $a$ times its gradient $p_k \sum_j q_j - q_k$, which is 0 where $a$ is."""
+    x: Logits, q: Logits, a: Row, *, axis: ClassAxis, dtype: DTypeLike, stats: bool = False
+) -> tuple[Array, ...]:
+    r"""`expected_loss`, and $a$ times its gradient $p_k \sum_j q_j - q_k$, which is 0 where $a$ is; then `stats`."""
     r = _exponentials(x, axis)
     wide_q = wide(q).astype(r.e.dtype)
     total, others = _sums(r, axis)
     mass, of_others = axis.sum(wide_q), axis.sum(jnp.where(r.largest, 0.0, wide_q))
     gradient = jnp.where(r.e > _threshold(total), of_others - mass * others / total, mass / total * r.e - wide_q)
     a = axis.expand(a)
-    return expected_loss(x, q, axis=axis), jnp.where(a == 0.0, 0.0, a * gradient).astype(dtype)
+    loss, *known = expected_loss(x, q, axis=axis, stats=stats)
+    return loss, jnp.where(a == 0.0, 0.0, a * gradient).astype(dtype), *known
 
 
 def entropy(x: Logits, *, axis: ClassAxis) -> Row:
@@ -191,11 +207,17 @@ def _mean(
     return r.e > _threshold(total), own, mean
 
 
-def _label_sums(x: Logits, y: Integer[Array, "..."], axis: ClassAxis) -> tuple[LabelSums, Bool[Array, "..."], Logits]:
-    """Relative to the largest logit; and where the label is, and the exponentials, the label's own left out."""
+def _first(largest: Bool[Array, "..."], axis: ClassAxis) -> Integer[Array, "..."]:
+    return axis.squeeze(axis.first(largest))
+
+
+def _label_sums(
+    x: Logits, y: Integer[Array, "..."], axis: ClassAxis
+) -> tuple[LabelSums, Bool[Array, "..."], Logits, Bool[Array, "..."]]:
+    """Relative to the largest logit; where the label is; the exponentials, its own left out; where the largest is."""
     r, label = _exponentials(x, axis), axis.one_hot(y, x)
     e = jnp.where(label, 0.0, r.e)
     others, of_label, classes = axis.sum(e), axis.sum(jnp.where(label, wide(x), 0.0)), axis.size(x)
     d = jnp.where(of_label == r.m, of_label * 0.0, of_label - r.m)
     d = jnp.where(axis.expand(y < classes), d, jnp.nan)
-    return LabelSums(r.m, d, others, axis.sum(r.d) / max(classes, 1)), label, e
+    return LabelSums(r.m, d, others, axis.sum(r.d) / max(classes, 1)), label, e, r.largest

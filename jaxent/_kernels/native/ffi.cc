@@ -76,11 +76,14 @@ class Pool final : public Threads {
   ffi::ThreadPool& pool_;
 };
 
-// A letter for each argument and result. x: logits, t: of their shape, y: labels, f: factors of rows; o: of the
-// logits' shape, r: of the rows'.
+// A letter for each argument and result, those of stats where they are asked for. x: logits, t: of their shape, y:
+// labels, f: factors of rows; o: of the logits' shape, r: of the rows', p: classes of rows.
 struct Signature {
   std::string_view name, arguments, results;
   Function function;
+  std::string_view stats = "";
+
+  char result(size_t i) const { return i < results.size() ? results[i] : stats[i - results.size()]; }
 };
 
 constexpr Signature kSignatures[] = {
@@ -89,10 +92,10 @@ constexpr Signature kSignatures[] = {
     {"softmax_derivative", "xt", "o", Function::softmax_derivative},
     {"log_softmax_derivative", "xt", "o", Function::log_softmax_derivative},
     {"log_softmax_pullback", "xt", "o", Function::log_softmax_pullback},
-    {"label_loss", "xy", "rrr", Function::label_loss},
-    {"label_loss_and_gradient", "xyfff", "rrro", Function::label_loss_and_gradient},
-    {"expected_loss", "xt", "r", Function::expected_loss},
-    {"expected_loss_and_gradient", "xtf", "ro", Function::expected_loss_and_gradient},
+    {"label_loss", "xy", "rrr", Function::label_loss, "p"},
+    {"label_loss_and_gradient", "xyfff", "rrro", Function::label_loss_and_gradient, "p"},
+    {"expected_loss", "xt", "r", Function::expected_loss, "rp"},
+    {"expected_loss_and_gradient", "xtf", "ro", Function::expected_loss_and_gradient, "rp"},
     {"place", "fy", "o", Function::place},
 };
 
@@ -160,7 +163,8 @@ ffi::Error call(ffi::ThreadPool pool, ffi::RemainingArgs arguments, ffi::Remaini
   for (const Signature& s : kSignatures)
     if (s.name == function) signature = &s;
   if (!signature) return wrong("there is no such function");
-  if (arguments.size() != signature->arguments.size() || results.size() != signature->results.size())
+  const size_t stats = results.size() - signature->results.size();
+  if (arguments.size() != signature->arguments.size() || (stats != 0 && stats != signature->stats.size()))
     return wrong("expected " + std::to_string(signature->arguments.size()) + " arguments and " +
                  std::to_string(signature->results.size()) + " results");
 
@@ -193,16 +197,21 @@ ffi::Error call(ffi::ThreadPool pool, ffi::RemainingArgs arguments, ffi::Remaini
     if (kind == 'f') known = dtype == ffi::DataType::F32, c.factors[factors++] = (const float*)p;
     if (!known) return wrong(name + " has the wrong dtype");
   }
-  for (size_t i = 0; i < signature->results.size(); i++) {
+  for (size_t i = 0; i < results.size(); i++) {
     auto r = results.get<ffi::AnyBuffer>(i);
-    const bool of_rows = signature->results[i] == 'r';
+    const char kind = signature->result(i);
+    const bool of_rows = kind == 'r' || kind == 'p';
     const std::string name = "result " + std::to_string(i);
     if (!r) return wrong(name + " is no array");
     if (!fits((*r)->dimensions(), shape, axis, of_rows)) return wrong(name + " has the wrong shape");
     char* p = (char*)(*r)->untyped_data();
     if (of_rows) {
-      if ((*r)->element_type() != ffi::DataType::F32) return wrong(name + " has the wrong dtype");
-      c.rows[rows++] = (float*)p;
+      if ((*r)->element_type() != (kind == 'p' ? ffi::DataType::S32 : ffi::DataType::F32))
+        return wrong(name + " has the wrong dtype");
+      if (kind == 'p')
+        c.largest = (int32_t*)p;
+      else
+        c.rows[rows++] = (float*)p;
     } else {
       if (!read_type((*r)->element_type(), c.out_type)) return wrong(name + " has the wrong dtype");
       c.out = p;

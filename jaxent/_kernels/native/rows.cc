@@ -134,6 +134,7 @@ inline Coefficients row(const Coefficients& rows, int k) {
 
 // What is known of up to W rows beside their logits.
 struct Row {
+  I largest = {};  // the first class of the largest logit, where it is wanted
   I label;
   V of_label;  // its logit; NaN if there is no such class
   V factors[3];
@@ -188,7 +189,9 @@ inline Coefficients finish(const State& s, Row& rows, float classes) {
     c.b = (s.at_largest * s.others - s.at_others) / total;
   }
   if constexpr (is_expected(f)) {
-    rows.results[0] = classes == 0.0f ? V{} : s.gaps + mass * log_total();
+    const V log_mass = log_total();
+    rows.results[0] = classes == 0.0f ? V{} : s.gaps + mass * log_mass;
+    rows.results[1] = s.m + log_mass;
     if constexpr (!writes(f)) return c;
     c.a = mass / total;
     c.b = s.at_others - mass * s.others / total;
@@ -268,16 +271,41 @@ void accumulate_block(State& s, const float* x, const float* t, int64_t n, int64
   merge(s, b);
 }
 
+// The first of n entries that is m, or 0.
+inline int find(const float* x, int64_t n, float m) {
+  const int none = (int)n;
+  I at = I{} + none;
+  for (int64_t i = n - n % W; i < n; i++)
+    if (x[i] == m) at[0] = std::min(at[0], (int)i);
+  for (int64_t i = n - n % W - W; i >= 0; i -= W) at = load(x + i) == m ? iota() + (int)i : at;
+  int first = none;
+  for (int k = 0; k < W; k++) first = std::min<int>(first, at[k]);
+  return first < none ? first : 0;
+}
+
+// The largest logit so far, and the first class that has it.
+struct Largest {
+  float m = kLowest;
+  int64_t at = 0;
+
+  void look(V lanes, const float* x, int64_t n, int64_t start) {
+    float now = m;
+    for (int k = 0; k < W; k++) now = std::max<float>(now, lanes[k]);
+    if (now > m) m = now, at = start + find(x, n, now);
+  }
+};
+
 template <Function f>
-State accumulate(const Call& call, int64_t row, int64_t begin, int64_t end) {
+State accumulate(const Call& call, int64_t row, int64_t begin, int64_t end, Largest& largest) {
   float x[2 * kBlock], t[2 * kBlock];
   State s;
   const int64_t label = is_label(f) ? call.label[row] : -1;
   for (int64_t start = begin, n; start < end; start += n) {
     n = block(start, end);
     const int64_t offset = row * call.classes + start;
-    accumulate_block<f>(s, floats(call.x, call.x_type, offset, n, x),
-                        has_tangents(f) ? floats(call.t, call.t_type, offset, n, t) : nullptr, n, label - start);
+    const float* xs = floats(call.x, call.x_type, offset, n, x);
+    accumulate_block<f>(s, xs, has_tangents(f) ? floats(call.t, call.t_type, offset, n, t) : nullptr, n, label - start);
+    if (call.largest) largest.look(s.m, xs, n, start);
   }
   return s;
 }
@@ -393,7 +421,10 @@ Coefficients finish_long(const Call& call, State s, int64_t r) {
 template <Function f>
 void along(const Call& call, int64_t begin, int64_t end) {
   for (int64_t r = begin; r < end; r++) {
-    const Coefficients c = finish_long<f>(call, accumulate<f>(call, r, 0, call.classes), r);
+    Largest largest;
+    const State s = accumulate<f>(call, r, 0, call.classes, largest);
+    if (call.largest) call.largest[r] = (int32_t)largest.at;
+    const Coefficients c = finish_long<f>(call, s, r);
     if constexpr (writes(f)) write<f>(call, r, 0, call.classes, c);
   }
 }
@@ -421,6 +452,8 @@ void along_short(const Call& call, int64_t begin, int64_t end) {
       lanes[k] = m;
     }
     const V m = largest_of_each(lanes);
+    if (call.largest)
+      for (int64_t k = 0; k < n; k++) call.largest[first + k] = find(xs + k * classes, classes, m[k]);
     Joined<f> rows;
     for (int64_t k = 0; k < n; k++) {
       const float *x = xs + k * classes, *t = ts + k * classes;
@@ -482,12 +515,13 @@ void in_pieces(const Call& call, int64_t row_index, Threads& threads) {
     const Call& call;
     int64_t row, pieces;
     std::unique_ptr<State[]> states;
+    std::unique_ptr<Largest[]> largest;
     Coefficients c;
     int64_t edge(int64_t i) const { return i == pieces ? call.classes : i * kPiece; }
-  } data{call, row_index, pieces, std::make_unique<State[]>(pieces), {}};
+  } data{call, row_index, pieces, std::make_unique<State[]>(pieces), std::make_unique<Largest[]>(pieces), {}};
   threads.run(pieces, [](const void* p, int64_t i) {
     const Data& d = *(const Data*)p;
-    d.states[i] = accumulate<f>(d.call, d.row, d.edge(i), d.edge(i + 1));
+    d.states[i] = accumulate<f>(d.call, d.row, d.edge(i), d.edge(i + 1), d.largest[i]);
   }, &data);
   State& s = data.states[0];
   for (int64_t i = 1; i < pieces; i++) {
@@ -496,6 +530,10 @@ void in_pieces(const Call& call, int64_t row_index, Threads& threads) {
     raise<f>(s, m);
     raise<f>(next, m);
     merge(s, next);
+  }
+  if (call.largest) {
+    const auto later = [](const Largest& a, const Largest& b) { return a.m < b.m; };  // of equal ones the first is kept
+    call.largest[row_index] = (int32_t)std::max_element(&data.largest[0], &data.largest[pieces], later)->at;
   }
   data.c = finish_long<f>(call, s, row_index);
   if constexpr (writes(f))
@@ -591,6 +629,11 @@ void across(const Call& call, int64_t first, int64_t n) {
       State s;
       s.m = states[j].m;
       for (int64_t k = 0; k < some; k++) s.m = larger(at(x, k, j), s.m);
+      if (call.largest) {
+        const I rose = s.m > states[j].m;
+        for (int64_t k = some; k-- > 0;)
+          rows[j].largest = (at(x, k, j) == s.m) & rose ? I{} + (int)(start + k) : rows[j].largest;
+      }
       raise<f>(states[j], s.m);
       for (int64_t k = 0; k < some; k++) {
         const V t_k = is_label(f) ? all(1.0f) : has_tangents(f) ? at(t, k, j) : V{};
@@ -605,6 +648,7 @@ void across(const Call& call, int64_t first, int64_t n) {
   for (int j = 0; j < vectors; j++) {
     coefficients[j] = finish<f>(states[j], rows[j], (float)call.classes);
     write_rows(call, first + j * W, count(j), rows[j]);
+    if (call.largest) std::memcpy(call.largest + first + j * W, &rows[j].largest, count(j) * sizeof(int32_t));
   }
   if constexpr (!writes(f)) return;
   for_each_block([&](int64_t start, int64_t some) {

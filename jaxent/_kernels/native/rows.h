@@ -31,6 +31,7 @@ struct Call {
   const int32_t* label = nullptr;
   const float* factors[3] = {};  // of rows
   float* rows[3] = {};           // results of rows
+  int32_t* largest = nullptr;    // the first class of each row's largest logit, where it is wanted
 };
 
 // Runs tasks 0 to n - 1, in any order and on any threads, and returns after the last.
