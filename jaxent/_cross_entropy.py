@@ -218,7 +218,7 @@ def told(stats: LossStats, counts: Bool[Array, "..."]) -> LossStats:
     """Stats as they are returned."""
     loss, lse, predicted = jax.lax.stop_gradient(stats)
     loss, lse = (jnp.where(counts, row, 0.0) for row in (loss, lse))
-    return LossStats(loss, lse, jnp.where(counts & ~jnp.isnan(lse), predicted, -1))
+    return LossStats(loss, lse, jnp.where(counts & jnp.isfinite(lse), predicted, -1))
 
 
 def read_target(

@@ -5,7 +5,7 @@ second; with `--minutes 10`, what has not begun after ten minutes is skipped. Ma
 cases, train for long, or compile for many shapes:
 
     @pytest.mark.more               not by default
-    @pytest.mark.more(one_in=5)     by default the first of every five cases
+    @pytest.mark.more(cases=2)      by default so many cases of each implementation, from the first to the last
     @pytest.mark.more(inside=True)  always, since the test itself runs fewer by default
 
 How many cases a fuzz test draws is a profile of hypothesis, which HYPOTHESIS_PROFILE chooses, too.
@@ -16,7 +16,7 @@ import importlib
 import itertools
 import os
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 
 import jax
 import pytest
@@ -28,7 +28,7 @@ from jaxent._kernels import implementations, native
 
 # The first call of every shape compiles: no deadline.
 _COMMON = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
-settings.register_profile("few", _COMMON, max_examples=10, derandomize=True)  # the same cases on every run
+settings.register_profile("few", _COMMON, max_examples=6, derandomize=True)  # the same cases on every run
 settings.register_profile("all", _COMMON, max_examples=50, derandomize=True)
 settings.register_profile("nightly", _COMMON, max_examples=500)
 
@@ -40,7 +40,7 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
-    config.addinivalue_line("markers", "more(one_in, inside): runs, or has more cases, with --all")
+    config.addinivalue_line("markers", "more(cases, inside): runs, or has more cases, with --all")
     by_default = "all" if config.option.all or config.option.rest else "few"
     asked = config.getoption("--hypothesis-profile") or os.environ.get("HYPOTHESIS_PROFILE")
     settings.load_profile(asked or by_default)
@@ -58,21 +58,28 @@ def pytest_runtest_setup(item):
 def pytest_collection_modifyitems(config, items):
     if config.option.all:
         return
+    total = Counter(map(_test_of, items))
     number = defaultdict(itertools.count)  # of each test's case
-    chosen = [_runs(item, next(number[getattr(item, "function", item)]), config.option.rest) for item in items]
+    chosen = [_runs(item, next(number[_test_of(item)]), total[_test_of(item)], config.option.rest) for item in items]
     config.hook.pytest_deselected(items=[item for item, runs in zip(items, chosen, strict=True) if not runs])
     items[:] = itertools.compress(items, chosen)
 
 
-def _runs(item, number, rest):
+def _test_of(item):
+    """What an item is a case of."""
+    callspec = getattr(item, "callspec", None)
+    return getattr(item, "function", item), callspec and callspec.params.get("implementation")
+
+
+def _runs(item, number, total, rest):
     """Say whether the case of this number runs by default, or as one of the rest."""
     if "hypothesis" in item.keywords:
         return True
     marker = item.get_closest_marker("more")
     if marker is None or marker.kwargs.get("inside"):
         return marker is not None or not rest
-    one_in = marker.kwargs.get("one_in")
-    return rest != (one_in is not None and number % one_in == 0)
+    cases = marker.kwargs.get("cases", 0)
+    return rest != (number in {round(i * (total - 1) / max(cases - 1, 1)) for i in range(cases)})
 
 
 @functools.cache  # one object each, so that what jit has compiled for it is found again

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, strategies as st
 
 @pytest.mark.parametrize("i", range(7))
-@pytest.mark.more(one_in=3)
+@pytest.mark.more(cases=3)
 def test_many(i): pass
 
 @pytest.mark.more
@@ -56,6 +56,7 @@ def test_ci_runs_readmes_command_and_the_rest():
     assert re.search(r'^eval "\$command"$.*^  pytest --rest --minutes "\$minutes"$', script, re.MULTILINE | re.DOTALL)
 
 
+@pytest.mark.more
 @pytest.mark.parametrize(("minutes", "outcome"), [("0", "skipped"), ("60", "passed")])
 def test_what_has_not_begun_in_time_is_skipped(minutes, outcome, pytester):
     pytester.makeconftest((Path(__file__).parent / "conftest.py").read_text())

@@ -13,6 +13,8 @@ import torch
 import jaxent
 from jaxent import distillation_loss
 
+pytestmark = pytest.mark.more(cases=2)
+
 N, C = 5, 6
 RNG = np.random.default_rng(0)
 STUDENT, TEACHER = 2.0 * RNG.normal(size=(2, N, C))
@@ -56,7 +58,7 @@ def close(got, want):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b.numpy(), rtol=1e-12, atol=1e-14), got, want)
 
 
-@pytest.mark.more(one_in=5)
+@pytest.mark.more(cases=1)
 @BETAS
 @pytest.mark.parametrize("temperature", [1.0, 1.7])
 def test_values_and_derivatives(beta, temperature, float64):
@@ -146,7 +148,7 @@ def test_equal_logits_have_no_divergence_and_no_gradient(beta):
     np.testing.assert_allclose(hessian, curvature, atol=1e-6)
 
 
-@pytest.mark.more(one_in=5)
+@pytest.mark.more(cases=1)
 @BETAS
 @pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
 def test_weights_and_masks(beta, reduction, float64):

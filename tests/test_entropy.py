@@ -10,6 +10,8 @@ from test_accuracy import _cases
 
 import jaxent
 
+pytestmark = pytest.mark.more(cases=2)
+
 # Where a probability is subnormal, and so 0 to XLA, terms of 87 times it are missing.
 TINY = 200 * np.finfo(np.float32).tiny
 
@@ -35,7 +37,6 @@ def test_value_and_gradient(classes):
     assert error(gradient, np.stack([_exact.entropy_gradient(row) for row in x])) <= 1e-5
 
 
-@pytest.mark.more(one_in=3)
 @pytest.mark.parametrize(
     "mode", [jax.hessian, lambda f: jax.jacrev(jax.grad(f)), lambda f: jax.jacfwd(jax.jacfwd(f))]
 )

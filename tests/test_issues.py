@@ -10,6 +10,8 @@ import pytest
 
 import jaxent
 
+pytestmark = pytest.mark.more(cases=2)
+
 MODES = pytest.mark.parametrize("mode", [lambda f: f, jax.jit], ids=["eager", "jit"])
 
 

@@ -13,6 +13,8 @@ from test_linear_cross_entropy import multiplications
 
 from jaxent import distillation_loss, linear_distillation_loss
 
+pytestmark = pytest.mark.more(cases=2)
+
 N, D, E, C = 7, 4, 3, 5
 RNG = np.random.default_rng(0)
 HIDDEN, KERNEL, BIAS = 1.5 * RNG.normal(size=(N, D)), RNG.normal(size=(D, C)), RNG.normal(size=C)
@@ -45,7 +47,7 @@ def dense(hidden, kernel, states, of_teacher, bias, its_bias, **options):
     return jnp.sum(jnp.sin(distillation_loss(hidden @ kernel + bias, states @ of_teacher + its_bias, **options)))
 
 
-@pytest.mark.more(one_in=5)
+@pytest.mark.more(cases=1)
 @pytest.mark.parametrize("train_teacher", [False, True])
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 def test_values_and_derivatives(options, train_teacher, float64):

@@ -87,7 +87,7 @@ def distances(workdir, params, other_workdir, other_params) -> tuple[float, floa
     return losses, max(float(np.abs(np.asarray(a) - np.asarray(b)).max()) for a, b in leaves)
 
 
-@pytest.mark.more(one_in=2)
+@pytest.mark.more
 @pytest.mark.parametrize("device_count", [2, 8])
 def test_the_number_of_devices_does_not_matter(device_count, alone, tolerance, tmp_path):
     """Neither for the result, nor for who can read the checkpoint."""

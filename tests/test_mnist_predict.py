@@ -62,6 +62,7 @@ VARIANTS = {
 }
 
 
+@pytest.mark.more(cases=2)
 @pytest.mark.parametrize("name", VARIANTS)
 def test_a_picture_of_an_mnist_digit_becomes_that_digit_again(name, tmp_path):
     likenesses = [
@@ -164,6 +165,7 @@ def photograph(name, i):
 CONDITIONS = ["sun", "lamp", "frame 5", "frame 0", "noise", "tight", "neighbour", "sun, noise, frame 4"]
 
 
+@pytest.mark.more(cases=2)
 @pytest.mark.parametrize("name", CONDITIONS)
 def test_a_photograph_of_an_mnist_digit_becomes_that_digit_again(name, tmp_path):
     likenesses = []
@@ -257,7 +259,7 @@ def predictions(workdir, paths, capsys):
     return [int(line[2]) for line in lines]
 
 
-@pytest.mark.more(one_in=3)
+@pytest.mark.more(cases=1)
 @pytest.mark.parametrize("name", VARIANTS)
 def test_pictures_of_test_digits_are_recognised(name, workdir, tmp_path, capsys):
     paths = [render(DIGITS.images[i], tmp_path / f"{i}-{name}", **VARIANTS[name]) for i in CHOSEN]
@@ -265,6 +267,7 @@ def test_pictures_of_test_digits_are_recognised(name, workdir, tmp_path, capsys)
     assert np.mean(guesses == DIGITS.labels[list(CHOSEN)]) >= 0.9
 
 
+@pytest.mark.more(cases=1)
 @pytest.mark.parametrize("font", ["DejaVuSans.ttf", "DejaVuSans-Bold.ttf", "DejaVuSansMono-Oblique.ttf"])
 def test_printed_digits_are_recognised(font, workdir, tmp_path, capsys):
     paths = [tmp_path / f"{digit}.png" for digit in range(10)]

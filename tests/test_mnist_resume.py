@@ -108,7 +108,7 @@ def checkpoint_steps(workdir: Path) -> list[int]:
     return sorted(int(path.name) for path in (workdir / "checkpoints").iterdir() if path.name.isdigit())
 
 
-@pytest.mark.more(one_in=3)
+@pytest.mark.more(cases=1)
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_saves_and_says_how_to_go_on(number, tmp_path, uninterrupted, cache):
     workdir = tmp_path / "run"
@@ -375,7 +375,7 @@ def test_a_configuration_that_was_cut_or_changed_never_ends_in_a_traceback(unint
     assert refused > len(damaged) / 2
 
 
-@pytest.mark.more(one_in=2)
+@pytest.mark.more(cases=1)
 @pytest.mark.parametrize(
     ("bad_update", "message"),
     [(30, "The loss is not finite at step 32, "), (39, "A parameter is not finite at step 40, ")],
@@ -500,7 +500,7 @@ sys.exit(train_mnist.main(["--epochs", "3", "--batch-size", "100", "--workdir", 
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs a limit on the size of files")
-@pytest.mark.more(one_in=2)
+@pytest.mark.more(cases=1)
 @pytest.mark.parametrize(("limit", "what"), [(100, "config.json"), (100_000, "checkpoints")])
 def test_a_full_disk_gets_one_sentence(limit, what, tmp_path):
     """No file can grow beyond the limit: the command says nothing else, and leaves no part of a file."""

@@ -29,6 +29,7 @@ def tiny(workdir: Path, capsys: pytest.CaptureFixture[str]) -> tuple[training.Re
     return result, capsys.readouterr().out
 
 
+@pytest.mark.more
 def test_two_runs_with_one_seed_end_with_the_same_bits(tmp_path, capsys):
     (first, out), (second, _) = tiny(tmp_path / "first", capsys), tiny(tmp_path / "second", capsys)
     pairs = zip(jax.tree.leaves(first.params), jax.tree.leaves(second.params), strict=True)
@@ -38,7 +39,7 @@ def test_two_runs_with_one_seed_end_with_the_same_bits(tmp_path, capsys):
     assert [line.split()[0] for line in out.splitlines()] == ["configuration:", "epoch", "epoch"]
 
 
-@pytest.mark.more(one_in=2)
+@pytest.mark.more(cases=1)
 @pytest.mark.parametrize("members", [[SMALL], [SMALL, DEEP]])
 def test_a_run_equals_a_plain_loop(members, tmp_path, monkeypatch):
     """A step at a time, by an nnx.Optimizer and optax's loss, without scan, dispatches and merged trees."""
@@ -54,12 +55,10 @@ def test_a_run_equals_a_plain_loop(members, tmp_path, monkeypatch):
     average = nnx.state(network)
     order_key, step_key = jax.random.split(jax.random.key(config.seed))
     losses = []
-    for step in range(steps):
-        order = jax.random.permutation(jax.random.fold_in(order_key, step // 4), 100)
-        batch = order[step % 4 * 25 :][:25]
-        augment_key, dropout_key = jax.random.split(jax.random.fold_in(step_key, step))
 
-        def loss_of(network, batch=batch, augment_key=augment_key, dropout_key=dropout_key):
+    @nnx.jit
+    def plain_step(network, optimizer, batch, augment_key, dropout_key):
+        def loss_of(network):
             inputs = augmented(augment_key, images[batch])
             logits = [member(inputs, dropout_key) for member in network.members]
             cost = optax.softmax_cross_entropy_with_integer_labels
@@ -67,7 +66,13 @@ def test_a_run_equals_a_plain_loop(members, tmp_path, monkeypatch):
 
         loss, grads = nnx.value_and_grad(loss_of)(network)
         optimizer.update(network, grads)
-        losses.append(float(loss))
+        return loss
+
+    for step in range(steps):
+        order = jax.random.permutation(jax.random.fold_in(order_key, step // 4), 100)
+        batch = order[step % 4 * 25 :][:25]
+        augment_key, dropout_key = jax.random.split(jax.random.fold_in(step_key, step))
+        losses.append(float(plain_step(network, optimizer, batch, augment_key, dropout_key)))
         keep = min(recipe.ema, (step + 1) / (step + 10))
         average = jax.tree.map(lambda a, b, keep=keep: keep * a + (1 - keep) * b, average, nnx.state(network))
     told = [row["train_loss"] for row in result.history]

@@ -8,6 +8,8 @@ import pytest
 
 import jaxent
 
+pytestmark = pytest.mark.more(cases=2)
+
 EPS = np.finfo(np.float32).eps
 SHAPES = [((4,), -1), ((3, 5), -1), ((3, 5), 0), ((2, 3, 4), 1), ((2, 130), -1)]
 
@@ -34,7 +36,6 @@ def assert_same(ours, theirs, x, terms):
         np.testing.assert_allclose(got, expected, rtol=0, atol=4 * terms * EPS * largest)
 
 
-@pytest.mark.more(one_in=3)
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize(("shape", "axis"), SHAPES)
 @pytest.mark.parametrize("name", ["softmax", "log_softmax"])
@@ -66,7 +67,6 @@ def test_optax_integer_labels(shape, axis):
     )
 
 
-@pytest.mark.more(one_in=3)
 @pytest.mark.parametrize("axis", [(1, 2), (2, 0), (-1,)], ids=str)
 @pytest.mark.parametrize("name", ["softmax", "log_softmax", "indices", "probabilities", "nll"])
 def test_several_axes(name, axis):

@@ -15,6 +15,8 @@ from jaxent._class_axis import ClassAxis
 from jaxent._kernels.label_sums import LabelSums, label_rows
 from jaxent._product_loss import Layer, _sums, center
 
+pytestmark = pytest.mark.more(cases=2)
+
 N, D, C = 40, 8, 50
 fused = partial(linear_cross_entropy, implementation="xla")
 
@@ -57,7 +59,6 @@ def tries(layer, hidden, labels):
     return int(jax.jit(run)(layer, hidden, labels))
 
 
-@pytest.mark.more(one_in=3)
 @pytest.mark.parametrize("dtype", [np.float32, jnp.bfloat16])
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 10.0, 100.0, 1000.0])
 def test_logits_of_any_size(scale, dtype):
@@ -78,7 +79,6 @@ def test_logits_of_any_size(scale, dtype):
         assert np.linalg.norm(np.asarray(g, float) - e) <= 2.0 * rounding * np.linalg.norm(e)
 
 
-@pytest.mark.more(one_in=7)
 @pytest.mark.parametrize("options", [{}, {"z_loss": 0.1}, {"weight": 1000.0}], ids=["plain", "z_loss", "weight"])
 @pytest.mark.parametrize("dtype", [np.float32, jnp.bfloat16])
 @pytest.mark.parametrize("top", [50.0, 60.5, 78.0, 85.0, 87.5, 88.3, 88.6, 88.7215, 90.0])
@@ -165,7 +165,6 @@ def test_exponentials_never_underflow(seed, kernel_size, bias_size, shown):
     assert (excess >= -0.5 - 1e-4 * (1.0 + np.abs(near[:, 0]))).all()
 
 
-@pytest.mark.more(one_in=2)
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("where", ["hidden", "kernel", "bias"])
 def test_what_is_not_finite(value, where):
@@ -204,7 +203,6 @@ def test_sums_are_relative_to_any_number():
         np.testing.assert_allclose(a, b, rtol=2e-6, atol=2e-6)
 
 
-@pytest.mark.more(one_in=5)
 @pytest.mark.parametrize("ignore_index", [None, -100])
 @pytest.mark.parametrize("dtype", [np.float32, jnp.bfloat16, np.float16])
 def test_at_once_and_in_chunks(dtype, ignore_index):

@@ -5,6 +5,7 @@ import pytest
 from benchmarks import baseline
 
 
+@pytest.mark.more
 def test_compiled_programs_are_as_good_as_they_were():
     stored = baseline.read(baseline.version())
     if stored is None:

@@ -112,6 +112,7 @@ def test_the_examples_loss_is_the_pages(page):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-14), got, want)
 
 
+@pytest.mark.more
 def test_rewards_rise(tmp_path, capsys):
     config = Config(length=2, width=64, prompts=32, answers=8, steps=150)
     grpo.main(config, tmp_path / "picture.png", tmp_path / "figures.json")

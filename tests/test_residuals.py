@@ -10,6 +10,8 @@ import pytest
 
 import jaxent
 
+pytestmark = pytest.mark.more(cases=2)
+
 try:
     from jax.ad_checkpoint import saved_residuals
 except ImportError:  # public is only print_saved_residuals, whose text would have to be parsed

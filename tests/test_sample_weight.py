@@ -14,6 +14,8 @@ from _reference import torch_cross_entropy, torch_linear_cross_entropy, torch_nl
 
 import jaxent
 
+pytestmark = pytest.mark.more(cases=2)
+
 N, D, C = 7, 3, 5
 RNG = np.random.default_rng(0)
 LOGITS, HIDDEN, KERNEL = (RNG.standard_normal(shape) for shape in ((N, C), (N, D), (D, C)))
@@ -111,7 +113,6 @@ def compare(name, labels, weight, reduction, options, implementation, *, hessian
         close(first, want[0][-1])
 
 
-@pytest.mark.more(one_in=4)
 @NAMES
 @LABELS
 @REDUCTIONS
@@ -123,7 +124,7 @@ def test_values_and_gradients(name, labels, reduction, implementation):
     compare(name, labels, CLASS_WEIGHT, reduction, {}, implementation, hessian=False)
 
 
-@pytest.mark.more(one_in=7)
+@pytest.mark.more(cases=1)
 @pytest.mark.parametrize("name", ["cross_entropy", "linear_cross_entropy"])
 @LABELS
 @pytest.mark.parametrize("reduction", ["none", "mean"])
@@ -133,7 +134,6 @@ def test_hessians(name, labels, reduction, weight):
     compare(name, labels, weight, reduction, {"label_smoothing": 0.1}, None, hessian=True)
 
 
-@pytest.mark.more(one_in=19)
 @NAMES
 @LABELS
 @REDUCTIONS

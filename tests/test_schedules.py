@@ -8,6 +8,8 @@ import torch
 
 import jaxent
 
+pytestmark = pytest.mark.more(cases=2)
+
 N, D, C = 6, 5, 7
 RNG = np.random.default_rng(0)
 HIDDEN = RNG.normal(size=(N, D)).astype(np.float32)
@@ -44,7 +46,7 @@ def in_torch(labels, smoothing, z, reduction, weight=None):
     return (losses.sum() / share.sum()).numpy()
 
 
-@pytest.mark.more(one_in=5)
+@pytest.mark.more(cases=1)
 @FUNCTIONS
 @LABELS
 @REDUCTION
@@ -60,7 +62,7 @@ def test_a_traced_scalar_is_as_good_as_a_number(f, labels, reduction, weight):
         np.testing.assert_allclose(loss(smoothing, z), want, rtol=1e-5)
 
 
-@pytest.mark.more(one_in=11)
+@pytest.mark.more(cases=1)
 @FUNCTIONS
 @LABELS
 @MORE

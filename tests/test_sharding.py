@@ -46,6 +46,7 @@ def test_on_eight_devices(part, tmp_path, subtests, request):
     assert run.returncode == 0, run.stdout + run.stderr
 
 
+@pytest.mark.more
 def test_the_page_about_sharding_on_eight_devices():
     """Elsewhere its sessions run on one device, where no factor shows."""
     command = [sys.executable, "-m", "pytest", "docs/sharding.md", "-n", "0", "-q"]

@@ -16,7 +16,7 @@ from test_linear_cross_entropy import multiplications
 
 import jaxent
 
-pytestmark = pytest.mark.more(cases=3)
+pytestmark = pytest.mark.more(cases=2)
 
 N, D, C = 9, 4, 6
 RNG = np.random.default_rng(0)

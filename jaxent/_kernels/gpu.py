@@ -59,22 +59,22 @@ def _kernel(function: Function, classes: int, block: int, *refs: Any) -> None:
 
     def collect(i: Any, so_far: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         inside, of_part = part(i, m)
-        sums, first = so_far[: function.sums], so_far[function.sums :]
-        for so_far_first in first:
+        collected = function.collect(of_part, *so_far[: function.sums])
+        if predicted:
             here = jnp.where(of_part.largest, position + i * block, classes)
-            first = (jnp.minimum(here, so_far_first),)
-        collected = *function.collect(of_part, *sums), *first
+            collected = *collected, jnp.minimum(here, so_far[-1])
         return tuple(jnp.where(inside, *both) for both in zip(collected, so_far, strict=True))
 
     m = jnp.max(repeat(blocks, maximum, jnp.full((block,), -jnp.inf, jnp.float32)))
     nothing = (jnp.zeros((block,), jnp.float32),) * function.sums
-    collected = repeat(blocks, collect, (*nothing, *(jnp.full((block,), classes) for _ in predicted)))
+    nowhere = (jnp.full((block,), classes, jnp.int32),) * len(predicted)
+    collected = repeat(blocks, collect, (*nothing, *nowhere))
     known = Rows(m, classes, tuple(ref[row] for ref in given))
     results, coefficients = function.finish(known, *map(jnp.sum, collected[: function.sums]))
     for ref, result in zip(out_rows, results, strict=False):
         ref[row] = result
-    for ref, first in zip(predicted, collected[function.sums :], strict=True):
-        ref[row] = jnp.min(first)
+    for ref in predicted:
+        ref[row] = jnp.min(collected[-1])
     if entry is None:
         return
 

@@ -190,8 +190,9 @@ inline Coefficients finish(const State& s, Row& rows, float classes) {
   }
   if constexpr (is_expected(f)) {
     const V log_mass = log_total();
-    rows.results[0] = classes == 0.0f ? V{} : s.gaps + mass * log_mass;
-    rows.results[1] = s.m + log_mass;
+    const bool none = classes == 0.0f;
+    rows.results[0] = none ? V{} : s.gaps + mass * log_mass;
+    rows.results[1] = none ? all(-__builtin_inff()) : s.m + log_mass;
     if constexpr (!writes(f)) return c;
     c.a = mass / total;
     c.b = s.at_others - mass * s.others / total;
