@@ -104,9 +104,6 @@ def jobs(axis: int, shape: tuple[int, ...], softmax_only: bool) -> dict[str, tup
     def with_z_loss(x: Any, y: Any) -> Any:
         return indices(x, y) + 1e-4 * (jax.nn.logsumexp(x, axis) ** 2).mean()
 
-    def with_stats(x: Any, y: Any) -> Any:
-        return indices(x, y), (jax.nn.logsumexp(x, axis), x.argmax(axis))
-
     def probabilities(x: Any, q: Any) -> Any:
         return optax.softmax_cross_entropy(x, q, axis=axis).mean()
 
@@ -140,10 +137,6 @@ def jobs(axis: int, shape: tuple[int, ...], softmax_only: bool) -> dict[str, tup
             f"{name} and gradient": (*map(jax.value_and_grad, both), letters)
             for name, (*both, letters) in losses.items()
         },
-        "stats and gradient": (
-            *(jax.value_and_grad(f, has_aux=True) for f in (ours(return_stats=True), with_stats)),
-            "xy",
-        ),
     }
 
 
