@@ -4,7 +4,7 @@ The vocabulary is what makes a language model's loss expensive: of 2,048 tokens 
 256 MiB, their gradient as much again. `--loss fused` takes `jaxent.linear_cross_entropy`, which never holds either.
 
 Where a file ends inside a sequence, what follows is padding: it has weight 0. The log shows the loss with its z-loss,
-that part alone, and the accuracy, which `return_stats` knows without looking at any logits again.
+that part alone, and the accuracy, which `return_stats` knows without another matrix product.
 
     pip install -e ".[examples]"
     python examples/train_lm.py train --loss fused    # or unfused, or optax

@@ -107,8 +107,9 @@ def cross_entropy(
             still count all classes, and the loss is the same on all devices that hold parts of an example.
         implementation: who computes it: `"xla"` is XLA from plain JAX, `"native"` the kernels for CPUs, `"pallas"`
             those for TPUs and GPUs, None the best for the machine.
-        return_stats: return also what the same pass over the logits knows of each example, see `LossStats`: its
-            loss, its logsumexp, and the class that it predicts. There are no derivatives through these.
+        return_stats: return also what is known of each example when its loss is, see `LossStats`: the loss, the
+            logsumexp, and the predicted class. Where a kernel serves, it is the same that computes the loss. There
+            are no derivatives through these.
 
     Returns:
         A scalar, or one loss per example for `reduction="none"`; float32, or float64 for float64 logits. With

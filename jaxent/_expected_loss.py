@@ -39,6 +39,7 @@ def _expected(how: How, stats: bool, summed: bool, x: Logits, q: Logits, s: Row)
         return _linear_in_q(how, summed, x, q, s), None
     if not how.axis.names:
         return _losses(how, stats, summed, x, s, q)
+    # Split classes have no kernels; the plain form of label_loss knows what is missing.
     fixed, q_fixed = jax.lax.stop_gradient((x, q))
     _, _, *known = kernels.label_loss(fixed, jnp.zeros(s.shape, jnp.int32), stats=True, **how._asdict())
     losses = _linear_in_q(how, False, fixed, q_fixed, jnp.ones_like(s))

@@ -498,7 +498,7 @@ def _loop(
     by_token = jax.tree.map(chunks.spread, (hidden, labels, jnp.ones(rows, dtype) if scale is None else scale))
 
     def step(i: Any, carry: tuple[Any, _Gradients]) -> tuple[Any, _Gradients]:
-        told, gradients = carry
+        of_tokens, gradients = carry
         counts = chunks.counts(i)
         x, y, s = (chunks.take(rows, i) for rows in by_token)
         x = jnp.where(counts[:, None], x, 0).astype(operand)  # NaNs of a row that does not count must not spread
@@ -524,8 +524,8 @@ def _loop(
         def put(rows: Array, some: Array) -> Array:
             return chunks.put(rows, jnp.where(_beside(some, counts), some, jnp.zeros((), some.dtype)), i)
 
-        told = jax.tree.map(put, told, (loss, jax.lax.stop_gradient(known)))
-        return told, _Gradients(of_hidden, of_kernel, of_bias, of_scale)
+        of_tokens = jax.tree.map(put, of_tokens, (loss, jax.lax.stop_gradient(known)))
+        return of_tokens, _Gradients(of_hidden, of_kernel, of_bias, of_scale)
 
     once = way == "fused" and isinstance(chunks.steps, int) and chunks.steps == 1
     zero = vary(jnp.zeros((), dtype), *jax.tree.leaves((arrays, scale)))
@@ -540,15 +540,15 @@ def _loop(
         ),
     )
     if once:
-        told, gradients = step(0, start)
+        of_tokens, gradients = step(0, start)
     else:  # Without tokens nothing can be indexed, even in a loop of no steps.
-        told, gradients = jax.lax.fori_loop(0, chunks.steps, step, start) if tokens else start
+        of_tokens, gradients = jax.lax.fori_loop(0, chunks.steps, step, start) if tokens else start
     if gradients.hidden is not None:
         gradients = gradients._replace(hidden=chunks.gather(gradients.hidden))
     if largest is not None:
         gradients = _Gradients(*(None if g is None else g * largest for g in gradients))
     of = zip(gradients, (arrays.hidden, arrays.kernel, arrays.bias, arrays.logit_scale), strict=True)
-    losses, known = jax.tree.map(chunks.gather, told)
+    losses, known = jax.tree.map(chunks.gather, of_tokens)
     return losses, known, _Gradients(*(None if g is None or x is None else _kept(g, x.dtype) for g, x in of))
 
 

@@ -1,4 +1,4 @@
-"""What `return_stats` gives beside a loss, against torch; that it costs no pass over logits, and moves no derivative.
+"""What `return_stats` gives beside a loss, against torch; that it costs no further kernel, and moves no derivative.
 
 Sharding is in _sharding_cases.py, the kernels' share in test_native.py and test_pallas.py.
 """
@@ -37,7 +37,7 @@ WAYS = {
     "linear_cross_entropy": lambda hidden, *args, **options: jaxent.linear_cross_entropy(
         hidden, KERNEL, *args, chunk_size=4, **options
     ),
-    "without logits": lambda hidden, *args, **options: jaxent.linear_cross_entropy(
+    "linear_cross_entropy by XLA": lambda hidden, *args, **options: jaxent.linear_cross_entropy(
         hidden, KERNEL, *args, implementation="xla", **options
     ),
 }
