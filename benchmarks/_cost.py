@@ -122,7 +122,7 @@ def _walk(program: dict[str, list[Instruction]], name: str, times: int, steps: i
         elif times:
             fused = program[called["calls"]] if i.operation == "fusion" else None
             flops = _flops(program, fused or [i], body)
-            yield Kernel(i, _bytes(i, body, fused), flops, times)
+            yield Kernel(i, _bytes(program, i, body, fused), flops, times)
 
 
 def _bound(condition: list[Instruction]) -> int | None:
@@ -141,7 +141,12 @@ def array_bytes(kind: str, *, fast: bool = False) -> int:
     )
 
 
-def _bytes(i: Instruction, body: dict[str, Instruction], fused: list[Instruction] | None) -> int:
+def _bytes(
+    program: dict[str, list[Instruction]],
+    i: Instruction,
+    body: dict[str, Instruction],
+    fused: list[Instruction] | None,
+) -> int:
     types = [body[name].kind if name in body else "" for name in i.operands]
     if i.operation in ("dynamic-slice", "slice", "gather"):
         return array_bytes(i.kind) + (array_bytes(i.kind, fast=True) if array_bytes(types[0]) else 0)
@@ -151,10 +156,6 @@ def _bytes(i: Instruction, body: dict[str, Instruction], fused: list[Instruction
         return sum(array_bytes(kind) for kind in re.findall(r"\w+\[[\d,]*\](?:\{[^}]*\})?", i.kind)[:2])
     if fused is None:
         return array_bytes(i.kind) + sum(map(array_bytes, types))
-    users: dict[str, list[Instruction]] = {}
-    for inner in fused:
-        for name in inner.operands:
-            users.setdefault(name, []).append(inner)
     moved, updated = 0, set()
     roots = [inner for inner in fused if inner.root]
     inside = {inner.name: inner for inner in fused}
@@ -168,12 +169,27 @@ def _bytes(i: Instruction, body: dict[str, Instruction], fused: list[Instruction
             moved += _in_slow_memory(i.kind, root.kind)
     for inner in fused:
         if inner.operation == "parameter" and inner.name not in updated:
-            kind, by = types[int(inner.text)], users.get(inner.name, [])
-            slices = [array_bytes(user.kind, fast=True) for user in by]
-            sliced = by and all(user.operation in ("dynamic-slice", "slice", "gather") for user in by)
-            whole = array_bytes(kind)
-            moved += min(whole, sum(slices)) if sliced else whole
+            whole = array_bytes(types[int(inner.text)])
+            moved += int(min(whole, _sliced(program, fused, inner.name)))
     return moved
+
+
+def _sliced(program: dict[str, list[Instruction]], fused: list[Instruction], name: str) -> float:
+    """Bytes of what a fusion, and those inside of it, slice out of one of its values; infinite if it takes all."""
+    total, users = 0.0, [i for i in fused if name in i.operands]
+    for user in users:
+        if user.operation in ("dynamic-slice", "slice", "gather"):
+            total += array_bytes(user.kind, fast=True)
+        elif user.operation == "fusion":
+            called = program[re.search(r"calls=%?([\w.\-]+)", user.rest)[1]]
+            places = [str(place) for place, operand in enumerate(user.operands) if operand == name]
+            inner = [i.name for i in called if i.operation == "parameter" and i.text in places]
+            total += sum(_sliced(program, called, parameter) for parameter in inner)
+        elif user.operation == "bitcast":
+            total += _sliced(program, fused, user.name)
+        else:
+            return math.inf
+    return total if users else math.inf
 
 
 def _in_slow_memory(result: str, root: str) -> int:

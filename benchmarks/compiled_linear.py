@@ -1,6 +1,7 @@
 """What the compilers of accelerators make of linear_cross_entropy, against plain optax: counted without a device.
 
     python benchmarks/compiled_linear.py [--chips v5e v6e v5p v7x h100] [--dtypes bfloat16] [--check | --write]
+    python benchmarks/compiled_linear.py --distillation [--chips v5e] [--dtypes bfloat16 float32] [--check | --write]
     python benchmarks/compiled_linear.py --split batch | classes | both [--shape 65536 4096 128256]
 
 The value and both gradients of the mean loss, for one device. The time is an estimate: of each kernel the larger of
@@ -8,6 +9,9 @@ its products over the chip's FLOPs and its bytes over the bandwidth, one after t
 the peak of the compiled program's memory without arguments and results, in per cent of the float32 logits. "at once"
 is jaxent with `ignore_index=None`. Bytes, FLOPs and temporaries are the same on every run; the seconds of compiling,
 which are given as a multiple of optax's, are not.
+
+`--distillation` counts linear_distillation_loss at the second shape, teacher and student alike, and beside it
+distillation_loss of full logits. Its temporaries are in per cent of one model's float32 logits.
 
 `--split` compiles for the eight chips of a TPU v5e, batch or classes split over all of them or both over 4 x 2, in
 every way of sharding; its figures are of each chip, and with them come the large arrays that are communicated.
@@ -61,6 +65,20 @@ def losses() -> dict[str, Callable[..., Any]]:
     return {"optax": plain, "jaxent": jaxent.linear_cross_entropy, "jaxent at once": at_once}
 
 
+def distillations() -> dict[str, Callable[..., Any]]:
+    """Those of `--distillation`."""
+    import jaxent
+
+    def dense(beta: float, hidden: Any, kernel: Any, teacher_hidden: Any, teacher_kernel: Any) -> Any:
+        return jaxent.distillation_loss(hidden @ kernel, teacher_hidden @ teacher_kernel, beta=beta)
+
+    by_name: dict[str, Callable[..., Any]] = {}
+    for beta in (0.0, 0.5, 1.0):
+        by_name[f"linear_distillation_loss, beta={beta}"] = partial(jaxent.linear_distillation_loss, beta=beta)
+        by_name[f"distillation_loss, beta={beta}"] = partial(dense, beta)
+    return by_name
+
+
 def count(chip: str, name: str, shape: tuple[int, int, int], dtype: str) -> Counted:
     """Compile one of them."""
     import jax
@@ -71,12 +89,12 @@ def count(chip: str, name: str, shape: tuple[int, int, int], dtype: str) -> Coun
     tokens, features, classes = shape
     mesh = jax.sharding.Mesh(np.array(compiled.devices_of(chip)[:1]), ("one",))
     sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-    arguments = [
-        jax.ShapeDtypeStruct(size, kind, sharding=sharding)
-        for size, kind in (((tokens, features), dtype), ((features, classes), dtype), ((tokens,), "int32"))
-    ]
+    layer = [((tokens, features), dtype), ((features, classes), dtype)]
+    others = [((tokens,), "int32")] if name in losses() else layer
+    arguments = [jax.ShapeDtypeStruct(size, kind, sharding=sharding) for size, kind in layer + others]
     start = time.perf_counter()
-    program = jax.jit(jax.value_and_grad(losses()[name], (0, 1))).lower(*arguments).compile()
+    loss = {**losses(), **distillations()}[name]
+    program = jax.jit(jax.value_and_grad(loss, (0, 1))).lower(*arguments).compile()
     compiling = time.perf_counter() - start
     held = jax.numpy.dtype(dtype).itemsize / 4 + (chip == "h100")
     at_once = name == "jaxent at once" and fit_at_once(tokens, features, held)
@@ -159,6 +177,9 @@ def row(chip: str, shape: tuple[int, int, int], dtype: str, found: dict[str, Cou
     return f"| {' | '.join([*cells, f'{ours.compiling / optax.compiling:.1f}'])} |"
 
 
+DISTILLATION = """\
+| chip | dtype | loss | estimated ms | GB moved | temporaries |
+|---|---|---|---:|---:|---:|"""
 HEADER = """\
 | chip | dtype | tokens x features x classes | jaxent, ms | at once | optax | jaxent / optax | at once / optax \
 | jaxent, GB | at once | optax | jaxent, temporaries | at once | optax | accumulator + 20 % | compiling |
@@ -171,6 +192,7 @@ def main() -> None:
     parser.add_argument("--chips", nargs="+", choices=list(CHIPS), default=["v5e"])
     parser.add_argument("--dtypes", nargs="+", choices=["bfloat16", "float32"], default=["bfloat16"])
     parser.add_argument("--shapes", type=int, default=len(SHAPES), help="so many of the shapes")
+    parser.add_argument("--distillation", action="store_true", help="linear_distillation_loss instead")
     parser.add_argument("--split", choices=["batch", "classes", "both"], help="on eight chips of a TPU v5e")
     parser.add_argument("--shape", type=int, nargs=3, default=(65536, 4096, 128256), help="of --split")
     action = parser.add_mutually_exclusive_group()
@@ -191,14 +213,16 @@ def main() -> None:
 
     stored = json.loads(FILE.read_text()) if FILE.exists() else {}
     faults = []
+    names = list(distillations() if arguments.distillation else losses())
+    peers = {"optax", *(name for name in names if name.startswith("distillation_loss"))}
     if not arguments.check:
-        print(HEADER)
+        print(DISTILLATION if arguments.distillation else HEADER)
     for chip in arguments.chips:
         for dtype in arguments.dtypes:
-            for shape in SHAPES[: arguments.shapes]:
+            for shape in SHAPES[1:2] if arguments.distillation else SHAPES[: arguments.shapes]:
                 found = {}
-                for name in losses():
-                    if arguments.check and name == "optax":
+                for name in names:
+                    if arguments.check and name in peers:
                         continue
                     try:
                         found[name] = count(chip, name, shape, dtype)
@@ -211,12 +235,16 @@ def main() -> None:
                     if was is None or any(n > 1.01 * w for n, w in zip(now, was, strict=True)):
                         faults.append(f"{key}: milliseconds, gigabytes and % of temporaries {was} -> {now}")
                     stored[key] = now
-                if not arguments.check:
+                if arguments.distillation and not arguments.check:
+                    for name, (milliseconds, gigabytes, share, _) in found.items():
+                        cells = chip, dtype, name, f"{milliseconds:.1f}", f"{gigabytes:.1f}", f"{share:.1f} %"
+                        print(f"| {' | '.join(cells)} |", flush=True)
+                elif not arguments.check:
                     print(row(chip, shape, dtype, found), flush=True)
     if arguments.write:
         FILE.write_text(json.dumps(stored, indent=1) + "\n")
     if arguments.check:
-        print("\n".join(faults) or "linear_cross_entropy: no figure is worse than it was")
+        print("\n".join(faults) or "linear losses: no figure is worse than it was")
         sys.exit(bool(faults))
 
 

@@ -30,19 +30,30 @@ def chunk_size_in_caches(tokens: Any, features: Any) -> int:
     return min(-16 * (-even // 16), limit)
 
 
-def chunk_size_for_memory(tokens: Any, features: Any, held: float, parts: int = 1) -> int:
+def chunk_size_for_memory(tokens: Any, features: Any, held: float, parts: int = 1, share: float = _SHARE) -> int:
     """Tokens whose logits an accelerator holds at once, if a chunk needs `held` times the bytes of its logits.
 
-    A fifth of all logits at most, for each of so many `parts` of a machine.
+    This `share` of all logits at most, for each of so many `parts` of a machine.
     """
     if not isinstance(tokens, int):  # of a size that is known when it runs
         return 1024
-    steps = max(math.ceil(held / _SHARE), -(-tokens // (_ENOUGH * parts)))
+    steps = max(math.ceil(held / share), -(-tokens // (_ENOUGH * parts)))
     # Chunks that fill the tiles of matrix units, where the number of tokens allows; but no more chunks than necessary
     # where each has to read and write a large sum of the kernel's gradient.
     if isinstance(features, int) and 4 * features <= tokens:
         steps = next((n for n in range(steps, steps + steps // 3 + 1) if tokens % (128 * n) == 0), steps)
     return max(-16 * (tokens // (-16 * steps)), 1)
+
+
+def block_of_classes(tokens: Any, classes: int, size: Any) -> int:
+    """Classes whose logits of all tokens take half the room that all logits of `size` tokens take.
+
+    A multiple of 128, and one of which there is a whole number if there is any: an array is cut into such tiles.
+    """
+    known = isinstance(tokens, int) and isinstance(size, int)
+    tiles = max(size * classes // (2 * 128 * tokens), 1) if known else 8
+    tiles = next((n for n in range(tiles, tiles // 4, -1) if classes % (128 * n) == 0), tiles)
+    return min(128 * tiles, classes)
 
 
 def fit_at_once(tokens: Any, features: Any, held: float) -> bool:

@@ -27,6 +27,8 @@ from ._check import (
     normalize_axis,
 )
 from ._class_axis import ClassAxis, class_axis
+from ._kernels import divergences as plain
+from ._kernels import xla
 from ._kernels.divergences import log_of_mixture, log_of_student
 from ._linear import linear, times
 from ._nll import reduced, scale_of_all
@@ -169,9 +171,24 @@ def divergences_and_gradient(
     return divergences(axis, which, x, teacher), axis.expand(scale) * _of_student(axis, *which, x, teacher)
 
 
+def gradient_of_student(which: Divergence, axis: ClassAxis, x: Array, teacher: Array) -> Float[Array, "..."]:
+    """The gradient of each divergence in plain JAX, for any object that reduces as `axis` does."""
+    return _of_student(axis, *which, x, teacher, functions=_Functions(plain, xla.softmax_derivative))
+
+
 # Rules. A gradient is written with the ratio of both probabilities, and moves as that does.
 
 Gradient = Callable[[Array, Array], Array]
+
+
+class _Functions(NamedTuple):
+    """What gradients are made of: as plain JAX, or as primitives, which have derivatives."""
+
+    ratios: Any  # has `difference` and `log_ratio`
+    softmax_tangent: Callable[..., Array]
+
+
+_DIFFERENTIABLE = _Functions(kernels, softmax_tangent)
 
 
 @kernels.divergence.defjvp
@@ -207,12 +224,20 @@ def _back(axis: ClassAxis, gradient: Gradient, dtype: Any, x: Array, teacher: Ar
     return (g * gradient(x, teacher)).astype(dtype)
 
 
-def _of_student(axis: ClassAxis, temperature: float, beta: float, x: Array, teacher: Array) -> Float[Array, "..."]:
+def _of_student(
+    axis: ClassAxis,
+    temperature: float,
+    beta: float,
+    x: Array,
+    teacher: Array,
+    functions: _Functions = _DIFFERENTIABLE,
+) -> Float[Array, "..."]:
     """The gradient by the student's logits."""
     if beta == 0.0:
-        return kernels.difference(x, teacher, axis=axis, temperature=temperature) / temperature
-    v = kernels.log_ratio(x, teacher, axis=axis, temperature=temperature)
-    return _pulled(axis, temperature, x, v if beta == 1.0 else (1.0 - beta) * log_of_student(v, beta))
+        return functions.ratios.difference(x, teacher, axis=axis, temperature=temperature) / temperature
+    v = functions.ratios.log_ratio(x, teacher, axis=axis, temperature=temperature)
+    by_probability = v if beta == 1.0 else (1.0 - beta) * log_of_student(v, beta)
+    return _pulled(axis, temperature, x, by_probability, functions)
 
 
 def _of_teacher(axis: ClassAxis, temperature: float, beta: float, x: Array, teacher: Array) -> Float[Array, "..."]:
@@ -223,11 +248,13 @@ def _of_teacher(axis: ClassAxis, temperature: float, beta: float, x: Array, teac
     return _pulled(axis, temperature, teacher, -v if beta == 0.0 else -beta * log_of_mixture(v, beta))
 
 
-def _pulled(axis: ClassAxis, temperature: float, x: Array, by_probability: Array) -> Float[Array, "..."]:
+def _pulled(
+    axis: ClassAxis, temperature: float, x: Array, by_probability: Array, functions: _Functions = _DIFFERENTIABLE
+) -> Float[Array, "..."]:
     """A gradient by probabilities as one by the logits that make them."""
     by_probability = jnp.where(x == -jnp.inf, 0.0, by_probability)
     wide = kernels.wide(x) / temperature
-    return softmax_tangent(wide, by_probability, axis=axis, dtype=wide.dtype) / temperature
+    return functions.softmax_tangent(wide, by_probability, axis=axis, dtype=wide.dtype) / temperature
 
 
 @kernels.log_ratio.defjvp

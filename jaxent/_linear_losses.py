@@ -29,6 +29,7 @@ from ._entropy import entropies, entropies_and_gradient
 from ._label_loss import How, is_easily_underflown, is_perturbed, mixed, unmoved
 from ._linear import inner, linear, times
 from ._nll import Scale, counting, read_labels
+from ._product_divergence import Pair, Tokens, product_divergences_and_gradients
 from ._product_loss import Center, Layer, center, dtype_of_exponentials, product_losses, product_losses_and_gradient
 
 
@@ -84,6 +85,7 @@ class _Gradients(NamedTuple):
     logit_scale: Float[Array, ""] | None
 
 
+_SHARE_OF_PAIRS = 0.05  # of one model's logits, what is held of both models' at most
 _Wanted = tuple[bool, bool, bool, bool]
 _NOTHING: _Wanted = (False, False, False, False)
 _SampleWeight = Float[Array, "..."] | None  # one per token
@@ -437,6 +439,8 @@ def _sweep_fused(
     holds_logits: bool = False,
 ) -> tuple[Float[Array, "tokens ..."], _Known | None, _Gradients]:
     """Where a product can leave its accumulator as exponentials, unless the compiler `holds_logits` all the same."""
+    if options.divergence is not None and _can_cut_classes(arrays):
+        return _walk_twice(options, options.divergence, wanted, arrays, scale, counts, holds_logits=holds_logits)
     tokens, features = arrays.hidden.shape
     smoothed = arrays.added.uniform is not None and arrays.weight is not None
     indices = jnp.issubdtype(arrays.labels.dtype, jnp.integer)
@@ -470,11 +474,7 @@ def _loop(
     operand = given.layer.kernel.dtype
     near = center(given.layer, options.classes) if way == "fused" else None
     stored = _dtype_of_exponentials(wanted, arrays)
-    largest = None
-    if scale is not None and is_easily_underflown(operand):  # the factor of 1 / tokens would leave its range
-        largest = jax.lax.stop_gradient(jnp.max(jnp.abs(scale), initial=0.0))
-        largest = jnp.where((largest > 0.0) & jnp.isfinite(largest), largest, 1.0)
-        scale = scale / largest
+    scale, largest = (None, None) if scale is None else _in_range(scale, operand)
 
     def products(
         x: Array, given: _Given, labels: Array, counts: Array, s: Array
@@ -550,6 +550,55 @@ def _loop(
     of = zip(gradients, (arrays.hidden, arrays.kernel, arrays.bias, arrays.logit_scale), strict=True)
     losses, known = jax.tree.map(chunks.gather, of_tokens)
     return losses, known, _Gradients(*(None if g is None or x is None else _kept(g, x.dtype) for g, x in of))
+
+
+def _in_range(scale: Array, dtype: DTypeLike) -> tuple[Array, Array | None]:
+    """Factors of gradients in `dtype`, and what is left to multiply these by where its range is small."""
+    if not is_easily_underflown(dtype):
+        return scale, None
+    largest = jax.lax.stop_gradient(jnp.max(jnp.abs(scale), initial=0.0))
+    largest = jnp.where((largest > 0.0) & jnp.isfinite(largest), largest, 1.0)
+    return scale / largest, largest
+
+
+def _can_cut_classes(arrays: Arrays) -> bool:
+    """Whether there are tokens and classes, of a number that is known, and no compiler will split these."""
+    tokens: Any = arrays.hidden.shape[0]
+    classes: Any = arrays.kernel.shape[1]
+    return bool(tokens and isinstance(classes, int) and classes and unseen_parts(arrays.hidden) == 1)
+
+
+def _walk_twice(
+    options: Options,
+    which: Divergence,
+    wanted: _Wanted,
+    arrays: Arrays,
+    scale: Float[Array, "tokens ..."] | None,
+    counts: _Live,
+    *,
+    holds_logits: bool,
+) -> tuple[Float[Array, "tokens ..."], None, _Gradients]:
+    """Divergences and gradients of `sum(scale * divergences)`, see _product_divergence.py."""
+    given = _given(arrays)
+    assert given.teacher is not None
+    operand, of_teacher = given.layer.kernel.dtype, given.teacher.kernel.dtype
+    # As many arrays of both models' logits, and of what is made of them, do compilers write for a chunk.
+    held = 1.5 if not holds_logits else 3.0 if which.beta in (0.0, 1.0) else 5.0
+    count, features = arrays.hidden.shape
+    size = options.chunk_size or chunk_size_for_memory(count, features, held, share=_SHARE_OF_PAIRS)
+    ones = jnp.ones(count, _compute_dtype(arrays))
+    scale, largest = _in_range(ones if scale is None else scale, operand)
+    pair = Pair(given.layer, given.teacher, given.where)
+    tokens = Tokens(arrays.hidden.astype(operand), arrays.labels.astype(of_teacher), scale, counts)
+    losses, found = product_divergences_and_gradients(
+        options.classes, which, pair, tokens, wanted[:3], size, tpu=not holds_logits
+    )
+
+    def kept(g: Array | None, x: Array | None) -> Array | None:
+        return None if g is None or x is None else _kept(g if largest is None else g * largest, x.dtype)
+
+    hidden, kernel, bias = (kept(*pair) for pair in zip(found, arrays[:3], strict=True))
+    return losses, None, _Gradients(hidden, kernel, bias, None)
 
 
 def _sweep_losses(

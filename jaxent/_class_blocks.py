@@ -1,0 +1,55 @@
+"""Functions of whole rows, worked out for some of their classes at a time.
+
+What such a function finds out about rows are maxima and sums. Noted down once with all classes at hand, they are all
+that it needs to know of the others.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from jaxtyping import Array
+
+from ._class_axis import ClassAxis
+
+RowFunction = Callable[..., Array]  # of an axis and arrays that have it; in plain JAX, since axes here hold arrays
+
+
+def row_values(f: RowFunction, axis: ClassAxis, *arrays: Any) -> tuple[Array, ...]:
+    """All that `f(axis, *arrays)` finds out about rows."""
+    noting = _Noting(axis.index, axis.names)
+    f(noting, *arrays)
+    return tuple(noting.found)
+
+
+def of_classes(f: RowFunction, axis: ClassAxis, known: Sequence[Array], *arrays: Any) -> Array:
+    """`f(axis, *arrays)` at some classes, which are all that is in the arrays."""
+    return f(_Knowing(axis.index, axis.names, iter(known)), *arrays)
+
+
+@dataclass(frozen=True)
+class _Noting(ClassAxis):
+    found: list[Array] = field(default_factory=list)
+
+    def max(self, x: Array) -> Array:
+        return self._noted(super().max(x))
+
+    def sum(self, x: Array) -> Array:
+        return self._noted(super().sum(x))
+
+    def _noted(self, row: Array) -> Array:
+        self.found.append(row)
+        return row
+
+
+@dataclass(frozen=True)
+class _Knowing(ClassAxis):
+    known: Iterator[Array] = field(default_factory=lambda: iter(()))
+
+    def max(self, x: Array) -> Array:
+        del x
+        return next(self.known)
+
+    def sum(self, x: Array) -> Array:
+        del x
+        return next(self.known)
