@@ -3,6 +3,7 @@
 import functools
 import math
 from dataclasses import dataclass, replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -65,9 +66,13 @@ class ClassAxis:
         """The first class of each row where `mask` is True, which it is somewhere."""
         first = jax.lax.axis_index(self.names) * mask.shape[self.index] if self.names else 0
         position = first + jax.lax.broadcasted_iota(jnp.int32, mask.shape, self.index)
-        last = jnp.iinfo(jnp.int32).max
-        found = jnp.min(jnp.where(mask, position, last), self.index, keepdims=True, initial=last)
-        return jax.lax.pmin(found, self.names) if self.names else found
+        classes: Any = self.size(mask)
+        # The largest of floats is found in the pass that adds up others, where they can tell all classes apart.
+        dtype = jnp.float32 if isinstance(classes, int) and classes <= 2**24 else jnp.int32
+        none = -jnp.inf if dtype == jnp.float32 else -jnp.iinfo(jnp.int32).max
+        before = jnp.where(mask, -position.astype(dtype), none)
+        found = jnp.max(before, self.index, keepdims=True, initial=none)
+        return -(jax.lax.pmax(found, self.names) if self.names else found).astype(jnp.int32)
 
     def behind(self, batch: int) -> "ClassAxis":
         """The same axis where `batch` more stand in front."""

@@ -15,6 +15,7 @@ from _machine import served_by_a_machine
 from test_linear_cross_entropy import multiplications
 
 import jaxent
+from jaxent._class_axis import ClassAxis
 
 pytestmark = pytest.mark.more(cases=2)
 
@@ -192,3 +193,12 @@ def test_no_further_matrix_product(implementation, reduction, products):
     program = jax.jit(jax.value_and_grad(f, (0, 1), has_aux=True)).lower(*shapes, labels).compile()
     count = multiplications(program.as_text(), tokens // chunk_size) / (tokens * features * classes)
     assert count == products  # as without stats
+
+
+@pytest.mark.parametrize("classes", [5, 2**24, 2**24 + 4])
+def test_the_first_class_of_any_number(classes):
+    """Above 2**24 not every number is a float32."""
+    mask = np.zeros((2, classes), bool)
+    mask[0, -2:] = mask[1, 3:] = True
+    first = jax.jit(ClassAxis(1).first)(mask)
+    np.testing.assert_array_equal(first, [[classes - 2], [3]])
