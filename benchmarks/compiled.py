@@ -104,6 +104,9 @@ def jobs(axis: int, shape: tuple[int, ...], softmax_only: bool) -> dict[str, tup
     def with_z_loss(x: Any, y: Any) -> Any:
         return indices(x, y) + 1e-4 * (jax.nn.logsumexp(x, axis) ** 2).mean()
 
+    def with_stats(x: Any, y: Any) -> Any:
+        return indices(x, y), (jax.nn.logsumexp(x, axis), x.argmax(axis))
+
     def probabilities(x: Any, q: Any) -> Any:
         return optax.softmax_cross_entropy(x, q, axis=axis).mean()
 
@@ -129,7 +132,9 @@ def jobs(axis: int, shape: tuple[int, ...], softmax_only: bool) -> dict[str, tup
         "z_loss": (ours(z_loss=1e-4), with_z_loss, "xy"),
         "probabilities": (ours(), probabilities, "xx"),
     }
+    stats = (*(jax.value_and_grad(f, has_aux=True) for f in (ours(return_stats=True), with_stats)), "xy")
     return {
+        **({"stats and gradient": stats} if shape[axis] > 50000 else {}),
         **{name: (*both, "x") for name, both in of_logits.items()},
         **{f"{name} and pullback": (*map(pulled_back, both), "xx") for name, both in of_logits.items()},
         **losses,
