@@ -780,7 +780,10 @@ def _add_product(
 
     Tiles of some classes are the faster ones. Tiles of some features move nothing where the classes are split.
     """
-    axis, size = int(by_class), total.shape[by_class]
+    axis = int(by_class)
+    size: Any = total.shape[axis]
+    if not isinstance(size, int):  # of a size that is known when it runs
+        return total + _dot(x, g, 0, 0, total.dtype)
     tile = min(1024 if by_class else max(x.shape[0] // 8, 8), size)
 
     def step(i: Any, total: Array) -> Array:

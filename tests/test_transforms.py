@@ -377,6 +377,13 @@ _SYMBOLIC = {
     "linear_cross_entropy none": lambda x, y, w: jaxent.linear_cross_entropy(
         x[:, :4], jnp.ones((4, 1)) * w, y, reduction="none"
     ),
+    # No loop whose length is known when it runs has a second derivative.
+    "linear_cross_entropy by its kernel": lambda x, y, w: jax.grad(jaxent.linear_cross_entropy, 1)(
+        jax.lax.stop_gradient(x[:, :4]), jnp.ones((4, 1)) * w, y
+    ),
+    "linear_distillation_loss by its kernel": lambda x, y, w: jax.grad(jaxent.linear_distillation_loss, 1)(
+        jax.lax.stop_gradient(x[:, :4]), jnp.ones((4, 1)) * w, x[:, 2:5], jnp.ones((3, 1)) * w**2
+    ),
 }
 
 
