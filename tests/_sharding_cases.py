@@ -371,6 +371,7 @@ def test_as_on_accelerators(name, way, monkeypatch):
     jax.clear_caches()
 
 
+@BY_MAIN_WAY
 @pytest.mark.parametrize("layout", list(LAYOUTS)[1:])
 @pytest.mark.parametrize(
     "name",
