@@ -42,6 +42,7 @@ def chosen(pytester):
     return names
 
 
+@pytest.mark.more
 def test_the_default_and_the_rest_are_all(chosen):
     few, rest, every = chosen(), chosen("--rest"), chosen("--all")
     assert few | rest == every

@@ -44,6 +44,7 @@ def test_the_usual_loss_collapses_in_float32_alone(runs):
     assert final["jaxent"]["without_gradient"] == final["usual, float64"]["without_gradient"] == 0
 
 
+@pytest.mark.more
 def test_picture_and_figures(tmp_path, capsys):
     config = Config(modulus=5, steps=10, width=8, every=5)
     grokking.main(config, tmp_path / "picture.png", tmp_path / "figures.json", ("jaxent",))

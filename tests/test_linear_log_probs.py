@@ -162,7 +162,7 @@ def test_memory():
 
 
 @pytest.mark.more(cases=1)
-@pytest.mark.parametrize("implementation", [None, "xla"])
+@pytest.mark.parametrize("implementation", [None, pytest.param("xla", marks=pytest.mark.more)])
 def test_an_ignored_token_may_hold_anything(implementation, float64):
     ignored = LABELS < 0
     broken = np.where(ignored[:, None], np.nan, HIDDEN)

@@ -79,7 +79,7 @@ def test_what_has_no_weight_may_hold_anything():
 
 
 @AS_THEY_DO
-@pytest.mark.more(cases=1)
+@pytest.mark.more
 @pytest.mark.parametrize(("dtype", "bound"), [(jnp.bfloat16, 2**-7), (jnp.float16, 2**-10)])
 @pytest.mark.parametrize("small", [1.0, 1e-7])
 def test_half_precision(dtype, bound, small):

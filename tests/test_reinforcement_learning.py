@@ -97,6 +97,7 @@ def test_grpo(page):
     same(ours, lambda hidden, kernel: in_grpo(hidden, kernel, 0.3, 0.2))
 
 
+@pytest.mark.more
 def test_the_examples_loss_is_the_pages(page):
     """Where all answers are of one length, and no reference is wanted."""
     labels = LABELS.clip(0)
