@@ -48,7 +48,8 @@ def chunk_size_for_memory(tokens: Any, features: Any, held: float, parts: int = 
 def block_of_classes(tokens: Any, classes: int, size: Any) -> int:
     """Classes whose logits of all tokens take half the room that all logits of `size` tokens take.
 
-    A multiple of 128, and one of which there is a whole number if there is any: an array is cut into such tiles.
+    A multiple of 128, into which accelerators cut arrays; one of which there is a whole number, if there is any that
+    is not much smaller.
     """
     known = isinstance(tokens, int) and isinstance(size, int)
     tiles = max(size * classes // (2 * 128 * tokens), 1) if known else 8

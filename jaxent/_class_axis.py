@@ -74,6 +74,13 @@ class ClassAxis:
         found = jnp.max(before, self.index, keepdims=True, initial=none)
         return -(jax.lax.pmax(found, self.names) if self.names else found).astype(jnp.int32)
 
+    def recognised(self, mask: Bool[Array, "..."]) -> Bool[Array, "..."]:
+        """`mask`, which tells one class of each row from the others.
+
+        Where logits are made again, a part at a time and rounded in another way, it is told by its place.
+        """
+        return mask
+
     def behind(self, batch: int) -> "ClassAxis":
         """The same axis where `batch` more stand in front."""
         return replace(self, index=self.index + batch)

@@ -1,13 +1,15 @@
 """Functions of whole rows, worked out for some of their classes at a time.
 
-What such a function finds out about rows are maxima and sums. Noted down once with all classes at hand, they are all
-that it needs to know of the others.
+What such a function finds out about rows are maxima, sums, and which class is a certain one. Noted down once with all
+classes at hand, they are all that it needs to know of the others.
 """
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 from jaxtyping import Array
 
 from ._class_axis import ClassAxis
@@ -22,9 +24,14 @@ def row_values(f: RowFunction, axis: ClassAxis, *arrays: Any) -> tuple[Array, ..
     return tuple(noting.found)
 
 
-def of_classes(f: RowFunction, axis: ClassAxis, known: Sequence[Array], *arrays: Any) -> Array:
-    """`f(axis, *arrays)` at some classes, which are all that is in the arrays."""
-    return f(_Knowing(axis.index, axis.names, iter(known)), *arrays)
+def of_classes(
+    f: RowFunction, axis: ClassAxis, known: Sequence[Array], begin: Any, classes: int, *arrays: Any
+) -> Array:
+    """`f(axis, *arrays)` at some of this device's classes, those from `begin` on, which are all that arrays have."""
+    values = iter(known)
+    out = f(_Knowing(axis.index, axis.names, values, begin, classes), *arrays)
+    assert next(values, None) is None
+    return out
 
 
 @dataclass(frozen=True)
@@ -37,6 +44,10 @@ class _Noting(ClassAxis):
     def sum(self, x: Array) -> Array:
         return self._noted(super().sum(x))
 
+    def recognised(self, mask: Array) -> Array:
+        self._noted(self.first(mask))
+        return mask
+
     def _noted(self, row: Array) -> Array:
         self.found.append(row)
         return row
@@ -45,6 +56,8 @@ class _Noting(ClassAxis):
 @dataclass(frozen=True)
 class _Knowing(ClassAxis):
     known: Iterator[Array] = field(default_factory=lambda: iter(()))
+    begin: Any = 0
+    classes: int = 0  # of this device
 
     def max(self, x: Array) -> Array:
         del x
@@ -53,3 +66,7 @@ class _Knowing(ClassAxis):
     def sum(self, x: Array) -> Array:
         del x
         return next(self.known)
+
+    def recognised(self, mask: Array) -> Array:
+        before = jax.lax.axis_index(self.names) * self.classes if self.names else 0
+        return before + self.begin + jax.lax.broadcasted_iota(jnp.int32, mask.shape, self.index) == next(self.known)

@@ -47,7 +47,8 @@ def linear_distillation_loss(
     teacher_bias, ...)`, whose docstring has the formulas. A loop over chunks of tokens makes a chunk's logits of
     both, its divergences and its share of the student's gradients, as `linear_cross_entropy` does: four matrix
     products, and six for `reduction="none"`, where both logits are made once more. On TPUs and GPUs it is two each
-    more, for a smaller part of the memory: the gradients are made in a loop of their own, over chunks of classes.
+    more, for a smaller part of the memory, unless the compiler may split arrays over several of these: the gradients
+    are made in a loop of their own, over chunks of classes.
 
     Args:
         hidden: inputs of the student's last layer, shape `(..., features)`; a floating dtype.

@@ -562,7 +562,7 @@ def _in_range(scale: Array, dtype: DTypeLike) -> tuple[Array, Array | None]:
 
 
 def _can_cut_classes(arrays: Arrays) -> bool:
-    """Whether there are tokens and classes, of a number that is known, and no compiler will split these."""
+    """Whether there are tokens and classes, these of a number that is known, and no compiler might split them."""
     tokens: Any = arrays.hidden.shape[0]
     classes: Any = arrays.kernel.shape[1]
     return bool(tokens and isinstance(classes, int) and classes and unseen_parts(arrays.hidden) == 1)
@@ -582,7 +582,7 @@ def _walk_twice(
     given = _given(arrays)
     assert given.teacher is not None
     operand, of_teacher = given.layer.kernel.dtype, given.teacher.kernel.dtype
-    # As many arrays of both models' logits, and of what is made of them, do compilers write for a chunk.
+    # The memory that a chunk takes, in arrays of one model's logits, as compilers were seen to need it.
     held = 2.0 if not holds_logits else 3.0 if which.beta in (0.0, 1.0) else 5.0
     count, features = arrays.hidden.shape
     size = options.chunk_size or chunk_size_for_memory(count, features, held, share=_SHARE_OF_PAIRS)
@@ -597,7 +597,7 @@ def _walk_twice(
     def kept(g: Array | None, x: Array | None) -> Array | None:
         return None if g is None or x is None else _kept(g if largest is None else g * largest, x.dtype)
 
-    hidden, kernel, bias = (kept(*pair) for pair in zip(found, arrays[:3], strict=True))
+    hidden, kernel, bias = (kept(g, x) for g, x in zip(found, arrays[:3], strict=True))
     return losses, None, _Gradients(hidden, kernel, bias, None)
 
 
@@ -782,7 +782,7 @@ def _add_product(
     """
     axis = int(by_class)
     size: Any = total.shape[axis]
-    if not isinstance(size, int):  # of a size that is known when it runs
+    if not isinstance(size, int):  # of a size that is known when it runs: no tiles
         return total + _dot(x, g, 0, 0, total.dtype)
     tile = min(1024 if by_class else max(x.shape[0] // 8, 8), size)
 

@@ -48,14 +48,17 @@ class Pair(NamedTuple):
         return jax.tree.map(part, self)
 
     def at_step(self, i: Any) -> "Pair":
-        """The same, as if it changed with every step of a loop.
+        """The same, as if kernels in float32 changed with every step of a loop.
 
         TPUs multiply float32 as bfloat16, and their compiler converts what does not change before the loop: both
-        kernels would be there once more, an eighth of one model's logits at 1024 features and 4096 tokens.
+        kernels would be there once more, an eighth of one model's logits at 1024 features and 8192 tokens.
         """
         one = jnp.exp(0.0 * jnp.asarray(i, jnp.float32))  # which nobody knows before it runs
-        student, teacher = (layer._replace(kernel=one * layer.kernel) for layer in (self.student, self.teacher))
-        return self._replace(student=student, teacher=teacher)
+
+        def changing(layer: Layer) -> Layer:
+            return layer._replace(kernel=one * layer.kernel) if layer.kernel.dtype == jnp.float32 else layer
+
+        return self._replace(student=changing(self.student), teacher=changing(self.teacher))
 
 
 class Tokens(NamedTuple):
@@ -70,12 +73,13 @@ class Tokens(NamedTuple):
         """So many at a time, those that count."""
         return packed_chunks(self.x.shape[0], size, self.counts, skip=True)
 
-    def all_or_many(self) -> Chunks:
-        """All at once, or as many as leave those out that do not count."""
+    def all_or(self, size: Any) -> Chunks:
+        """All at once if that is no more than so many, and all count."""
         count: Any = self.x.shape[0]
-        if self.counts is None:
+        known = isinstance(count, int) and isinstance(size, int)
+        if self.counts is None and (not known or count <= size):
             return strided_chunks(count, count, None)
-        return self.chunks(min(count, _MANY) if isinstance(count, int) else _MANY)
+        return self.chunks(min(count, size, _MANY) if known else _MANY)
 
 
 class Gradients(NamedTuple):
@@ -94,29 +98,36 @@ def product_divergences_and_gradients(
     Gradients are accumulated in at least float32. That of the kernel has the kernel's dtype, unless it might leave
     the range of that. Of classes in parts they are this part's terms.
     """
-
-    def layers(step: Any) -> Pair:
-        return pair.at_step(step) if tpu and pair.student.kernel.dtype == jnp.float32 else pair
-
+    layers = Pair.at_step if tpu else _unchanged
     gradient = partial(gradient_of_student, which) if any(wanted) else None
-    losses, known = _along_tokens(axis, which, gradient, layers, tokens, size)
+    losses, known = _along_tokens(axis, which, gradient, pair, layers, tokens, size)
     if gradient is None:
         return losses, Gradients(None, None, None)
-    return losses, _along_classes(axis, gradient, layers, tokens, known, wanted, size)
+    return losses, _along_classes(axis, gradient, pair, layers, tokens, known, wanted, size)
 
 
-_Layers = Callable[[Any], Pair]  # in a step of a loop
+_Layers = Callable[[Pair, Any], Pair]  # as they are in a step of a loop
+
+
+def _unchanged(pair: Pair, _: Any) -> Pair:
+    return pair
 
 
 def _along_tokens(
-    axis: ClassAxis, which: Divergence, gradient: RowFunction | None, layers: _Layers, tokens: Tokens, size: Any
+    axis: ClassAxis,
+    which: Divergence,
+    gradient: RowFunction | None,
+    pair: Pair,
+    layers: _Layers,
+    tokens: Tokens,
+    size: Any,
 ) -> tuple[Float[Array, " tokens"], list[Array]]:
     """The divergences, and what the gradient knows of rows."""
     chunks = tokens.chunks(size)
     x, y = chunks.spread(tokens.x), chunks.spread(tokens.y)
 
     def of_chunk(i: Any) -> tuple[Array, ...]:
-        logits = layers(i).logits(*_counting(chunks, i, x, y))
+        logits = layers(pair, i).logits(*_counting(chunks, i, x, y))
         known = () if gradient is None else row_values(gradient, axis, *logits)
         return divergences(axis, which, *logits), *map(axis.squeeze, known)
 
@@ -124,7 +135,7 @@ def _along_tokens(
         counted = chunks.counts(i)
         return tuple(chunks.put(a, jnp.where(counted, b, 0), i) for a, b in zip(rows, of_chunk(i), strict=True))
 
-    nothing = chunks.spread(jnp.broadcast_to(axis.total(_zero(layers(0), tokens)), tokens.scale.shape))
+    nothing = chunks.spread(jnp.broadcast_to(axis.total(_zero(pair, tokens)), tokens.scale.shape))
     start = tuple(nothing.astype(row.dtype) for row in jax.eval_shape(of_chunk, 0))
     losses, *known = map(chunks.gather, jax.lax.fori_loop(0, chunks.steps, step, start))
     return losses, known
@@ -133,6 +144,7 @@ def _along_tokens(
 def _along_classes(
     axis: ClassAxis,
     gradient: RowFunction,
+    pair: Pair,
     layers: _Layers,
     tokens: Tokens,
     known: list[Array],
@@ -140,20 +152,21 @@ def _along_classes(
     size: Any,
 ) -> Gradients:
     """Gradients by what is known of rows."""
-    chunks, kernel, count = tokens.all_or_many(), layers(0).student.kernel, tokens.scale.shape[0]
-    (features, classes), operand, dtype = kernel.shape, kernel.dtype, tokens.scale.dtype
+    kernel, count, dtype = pair.student.kernel, tokens.scale.shape[0], tokens.scale.dtype
+    (features, classes), operand = kernel.shape, kernel.dtype
     block = block_of_classes(count, classes, size)
+    chunks = tokens.all_or(max(size * classes // block, 1))  # no more logits than those of `size` tokens
     x, y, scale, *known = map(chunks.spread, (tokens.x, tokens.y, tokens.scale, *known))
 
     def step(j: Any, gradients: Gradients) -> Gradients:
         begin = j * block if classes % block == 0 else jnp.minimum(j * block, classes - block)
         fresh = (begin + jnp.arange(block) >= j * block)[None]  # the last block may overlap the one before
-        part = layers(j).classes(begin, block)
+        part = layers(pair, j).classes(begin, block)
 
         def add(i: Any, sums: Gradients) -> Gradients:
             some_x, some_y = _counting(chunks, i, x, y)
             factors, *rows = (axis.expand(chunks.take(row, i)) for row in (scale, *known))
-            g = of_classes(gradient, axis, rows, *part.logits(some_x, some_y))
+            g = of_classes(gradient, axis, rows, begin, classes, *part.logits(some_x, some_y))
             g = jnp.where(axis.expand(chunks.counts(i)) & fresh, factors * g, 0.0)
             of_hidden, of_kernel, of_bias = sums
             if of_bias is not None:
@@ -181,7 +194,7 @@ def _along_classes(
         sums = jax.lax.fori_loop(0, chunks.steps, add, sums)
         return Gradients(sums.hidden, written(of_kernel, sums.kernel), written(of_bias, sums.bias))
 
-    zero = _zero(layers(0), tokens)
+    zero = _zero(pair, tokens)
     kept = dtype if is_easily_underflown(operand) else operand
     start = Gradients(
         chunks.spread(jnp.broadcast_to(zero, (count, features))) if wanted[0] else None,

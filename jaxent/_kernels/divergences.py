@@ -86,7 +86,7 @@ def _compare(x: Logits, teacher: Logits, axis: ClassAxis, temperature: float) ->
     d = jnp.where((x == -jnp.inf) & (teacher == -jnp.inf), 0.0, x - teacher)
     own = axis.max(jnp.where(teacher == first, d, -jnp.inf))
     own = jnp.where(jnp.isfinite(own), own, 0.0)
-    d = jnp.where(d == own, 0.0, d - own) / temperature
+    d = jnp.where(axis.recognised((teacher == first) & (d == own)), 0.0, d - own) / temperature
     mean = axis.sum(jnp.where(p > 0.0, p * d, 0.0))
     u = d - mean
     near = axis.sum(jnp.where(p > 0.0, p * _excess(u), 0.0))
