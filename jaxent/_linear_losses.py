@@ -583,7 +583,7 @@ def _walk_twice(
     assert given.teacher is not None
     operand, of_teacher = given.layer.kernel.dtype, given.teacher.kernel.dtype
     # The memory that a chunk takes, in arrays of one model's logits, as compilers were seen to need it.
-    held = 2.0 if not holds_logits else 3.0 if which.beta in (0.0, 1.0) else 5.0
+    held = 2.0 if not holds_logits else 3.0 if which.beta == 1.0 else 5.0
     count, features = arrays.hidden.shape
     size = options.chunk_size or chunk_size_for_memory(count, features, held, share=_SHARE_OF_PAIRS)
     ones = jnp.ones(count, _compute_dtype(arrays))
