@@ -11,7 +11,7 @@ from jax.sharding import AxisType
 from jaxtyping import Array, Bool, Integer
 
 _SHARE = 0.2  # of all logits, at most
-_ENOUGH = 4096  # tokens: with more, products are no faster
+ENOUGH = 4096  # tokens: with more, products are no faster
 
 
 def chunk_size_in_caches(tokens: Any, features: Any) -> int:
@@ -37,7 +37,7 @@ def chunk_size_for_memory(tokens: Any, features: Any, held: float, parts: int = 
     """
     if not isinstance(tokens, int):  # of a size that is known when it runs
         return 1024
-    steps = max(math.ceil(held / share), -(-tokens // (_ENOUGH * parts)))
+    steps = max(math.ceil(held / share), -(-tokens // (ENOUGH * parts)))
     # Chunks that fill the tiles of matrix units, where the number of tokens allows; but no more chunks than necessary
     # where each has to read and write a large sum of the kernel's gradient.
     if isinstance(features, int) and 4 * features <= tokens:
@@ -45,14 +45,13 @@ def chunk_size_for_memory(tokens: Any, features: Any, held: float, parts: int = 
     return max(-16 * (tokens // (-16 * steps)), 1)
 
 
-def block_of_classes(tokens: Any, classes: int, size: Any) -> int:
+def block_of_classes(tokens: Any, classes: int, size: int) -> int:
     """Classes whose logits of all tokens take half the room that all logits of `size` tokens take.
 
     A multiple of 128, into which accelerators cut arrays; one of which there is a whole number, if there is any that
     is not much smaller.
     """
-    known = isinstance(tokens, int) and isinstance(size, int)
-    tiles = max(size * classes // (2 * 128 * tokens), 1) if known else 8
+    tiles = max(size * classes // (2 * 128 * tokens), 1) if isinstance(tokens, int) else 8
     tiles = next((n for n in range(tiles, tiles // 4, -1) if classes % (128 * n) == 0), tiles)
     return min(128 * tiles, classes)
 

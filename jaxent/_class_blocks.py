@@ -5,7 +5,7 @@ classes at hand, they are all that it needs to know of the others.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -14,12 +14,12 @@ from jaxtyping import Array
 
 from ._class_axis import ClassAxis
 
-RowFunction = Callable[..., Array]  # of an axis and arrays that have it; in plain JAX, since axes here hold arrays
+RowFunction = Callable[..., Array]  # of what reduces as a ClassAxis does, and arrays with that axis; in plain JAX
 
 
 def row_values(f: RowFunction, axis: ClassAxis, *arrays: Any) -> tuple[Array, ...]:
     """All that `f(axis, *arrays)` finds out about rows."""
-    noting = _Noting(axis.index, axis.names)
+    noting = _Noting(axis, [])
     f(noting, *arrays)
     return tuple(noting.found)
 
@@ -29,23 +29,24 @@ def of_classes(
 ) -> Array:
     """`f(axis, *arrays)` at some of this device's classes, those from `begin` on, which are all that arrays have."""
     values = iter(known)
-    out = f(_Knowing(axis.index, axis.names, values, begin, classes), *arrays)
+    out = f(_Knowing(axis, values, begin, classes), *arrays)
     assert next(values, None) is None
     return out
 
 
 @dataclass(frozen=True)
-class _Noting(ClassAxis):
-    found: list[Array] = field(default_factory=list)
+class _Noting:
+    axis: ClassAxis
+    found: list[Array]
 
     def max(self, x: Array) -> Array:
-        return self._noted(super().max(x))
+        return self._noted(self.axis.max(x))
 
     def sum(self, x: Array) -> Array:
-        return self._noted(super().sum(x))
+        return self._noted(self.axis.sum(x))
 
     def recognised(self, mask: Array) -> Array:
-        self._noted(self.first(mask))
+        self._noted(self.axis.first(mask))
         return mask
 
     def _noted(self, row: Array) -> Array:
@@ -54,19 +55,19 @@ class _Noting(ClassAxis):
 
 
 @dataclass(frozen=True)
-class _Knowing(ClassAxis):
-    known: Iterator[Array] = field(default_factory=lambda: iter(()))
-    begin: Any = 0
-    classes: int = 0  # of this device
+class _Knowing:
+    axis: ClassAxis
+    known: Iterator[Array]
+    begin: Any
+    classes: int  # of this device
 
     def max(self, x: Array) -> Array:
         del x
         return next(self.known)
 
-    def sum(self, x: Array) -> Array:
-        del x
-        return next(self.known)
+    sum = max
 
     def recognised(self, mask: Array) -> Array:
-        before = jax.lax.axis_index(self.names) * self.classes if self.names else 0
-        return before + self.begin + jax.lax.broadcasted_iota(jnp.int32, mask.shape, self.index) == next(self.known)
+        names, index = self.axis.names, self.axis.index
+        before = jax.lax.axis_index(names) * self.classes if names else 0
+        return before + self.begin + jax.lax.broadcasted_iota(jnp.int32, mask.shape, index) == next(self.known)

@@ -3,7 +3,7 @@
 The first walk makes all logits of some tokens and notes down what is to be known of rows. The second makes the
 logits of some classes once more, for all tokens, and so completes a part of the kernel's gradient at a time. Chunks
 of tokens alone need two matrix products less, but add up the whole gradient in float32, reading and writing it for
-each chunk: on TPUs and GPUs that takes longer, and more memory than all else.
+each chunk: on accelerators that takes more memory than all else, and on TPUs longer.
 """
 
 from collections.abc import Callable
@@ -14,14 +14,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from ._chunks import Chunks, block_of_classes, packed_chunks, strided_chunks
+from ._chunks import ENOUGH, Chunks, block_of_classes, packed_chunks, strided_chunks
 from ._class_axis import ClassAxis, vary
 from ._class_blocks import RowFunction, of_classes, row_values
 from ._distillation import Divergence, divergences, gradient_of_student
 from ._label_loss import is_easily_underflown
 from ._product_loss import Layer
-
-_MANY = 4096  # tokens that the second walk takes at once where some of them do not count
 
 
 class Pair(NamedTuple):
@@ -50,8 +48,9 @@ class Pair(NamedTuple):
     def at_step(self, i: Any) -> "Pair":
         """The same, as if kernels in float32 changed with every step of a loop.
 
-        TPUs multiply float32 as bfloat16, and their compiler converts what does not change before the loop: both
-        kernels would be there once more, an eighth of one model's logits at 1024 features and 8192 tokens.
+        TPUs multiply float32 as bfloat16, if nobody asks for more, and their compiler converts what does not change
+        before the loop: both kernels would be there once more, an eighth of one model's logits at 1024 features and
+        8192 tokens.
         """
         one = jnp.exp(0.0 * jnp.asarray(i, jnp.float32))  # which nobody knows before it runs
 
@@ -62,24 +61,25 @@ class Pair(NamedTuple):
 
 
 class Tokens(NamedTuple):
-    """Inputs of both layers, the factor of each divergence, and which of these count."""
+    """Inputs of both layers, the factor of each divergence, and which tokens count."""
 
     x: Float[Array, "tokens features"]
     y: Float[Array, "tokens its_features"]
     scale: Float[Array, " tokens"]
     counts: Bool[Array, " tokens"] | None
 
-    def chunks(self, size: Any) -> Chunks:
+    def chunks(self, size: int) -> Chunks:
         """So many at a time, those that count."""
         return packed_chunks(self.x.shape[0], size, self.counts, skip=True)
 
-    def all_or(self, size: Any) -> Chunks:
-        """All at once if that is no more than so many, and all count."""
+    def all_or(self, size: int) -> Chunks:
+        """All at once if these are no more than so many, and all count."""
         count: Any = self.x.shape[0]
-        known = isinstance(count, int) and isinstance(size, int)
-        if self.counts is None and (not known or count <= size):
+        if not isinstance(count, int):  # of a size that is known when it runs
+            return self.chunks(min(size, ENOUGH))
+        if self.counts is None and count <= size:
             return strided_chunks(count, count, None)
-        return self.chunks(min(count, size, _MANY) if known else _MANY)
+        return self.chunks(min(count, size, ENOUGH))
 
 
 class Gradients(NamedTuple):
@@ -91,10 +91,11 @@ class Gradients(NamedTuple):
 
 
 def product_divergences_and_gradients(
-    axis: ClassAxis, which: Divergence, pair: Pair, tokens: Tokens, wanted: tuple[bool, ...], size: Any, *, tpu: bool
+    axis: ClassAxis, which: Divergence, pair: Pair, tokens: Tokens, wanted: tuple[bool, ...], size: int, *, tpu: bool
 ) -> tuple[Float[Array, " tokens"], Gradients]:
-    """The divergences, 0 of what does not count, and gradients of `sum(scale * divergences)`; of so many at once.
+    """The divergences, 0 of what does not count, and gradients of `sum(scale * divergences)`.
 
+    No more logits exist at once than those of `size` tokens.
     Gradients are accumulated in at least float32. That of the kernel has the kernel's dtype, unless it might leave
     the range of that. Of classes in parts they are this part's terms.
     """
@@ -120,7 +121,7 @@ def _along_tokens(
     pair: Pair,
     layers: _Layers,
     tokens: Tokens,
-    size: Any,
+    size: int,
 ) -> tuple[Float[Array, " tokens"], list[Array]]:
     """The divergences, and what the gradient knows of rows."""
     chunks = tokens.chunks(size)
@@ -149,13 +150,13 @@ def _along_classes(
     tokens: Tokens,
     known: list[Array],
     wanted: tuple[bool, ...],
-    size: Any,
+    size: int,
 ) -> Gradients:
     """Gradients by what is known of rows."""
     kernel, count, dtype = pair.student.kernel, tokens.scale.shape[0], tokens.scale.dtype
     (features, classes), operand = kernel.shape, kernel.dtype
     block = block_of_classes(count, classes, size)
-    chunks = tokens.all_or(max(size * classes // block, 1))  # no more logits than those of `size` tokens
+    chunks = tokens.all_or(max(size * classes // block, 1))
     x, y, scale, *known = map(chunks.spread, (tokens.x, tokens.y, tokens.scale, *known))
 
     def step(j: Any, gradients: Gradients) -> Gradients:

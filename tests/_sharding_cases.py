@@ -17,7 +17,6 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jaxent
-from jaxent import _linear_losses
 from jaxent._kernels import native
 
 pytestmark = pytest.mark.more(cases=1)
@@ -364,11 +363,9 @@ def test_values_and_gradients(name, way):
 
 @BY_MAIN_WAY
 @pytest.mark.parametrize("name", ["linear_distillation_loss", "linear_distillation_loss mean"])
-def test_as_on_accelerators(name, way, monkeypatch):
-    monkeypatch.setattr(_linear_losses, "_sweep_in_caches", _linear_losses._sweep_fused)
-    jax.clear_caches()
+@pytest.mark.usefixtures("accelerators")
+def test_as_on_accelerators(name, way):
     _check(name, way)
-    jax.clear_caches()
 
 
 @BY_MAIN_WAY

@@ -24,6 +24,7 @@ from hypothesis import HealthCheck, settings
 
 import jaxent
 from jaxent import _kernels as kernels
+from jaxent import _linear_losses
 from jaxent._kernels import implementations, native
 
 # The first call of every shape compiles: no deadline.
@@ -111,6 +112,15 @@ def interpret(patch, machine):
     patch.setitem(kernels.MACHINES, "cpu", kernels.Machine(module.__name__, "pallas"))
     jax.clear_caches()
     return module
+
+
+@pytest.fixture
+def accelerators(monkeypatch):
+    """A CPU walks over a linear layer's outputs as TPUs do."""
+    monkeypatch.setattr(_linear_losses, "_sweep_in_caches", _linear_losses._sweep_fused)
+    jax.clear_caches()
+    yield
+    jax.clear_caches()
 
 
 @pytest.fixture(scope="module", params=map(_served, implementations()))

@@ -10,9 +10,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_linear_cross_entropy import multiplications
+from test_linear_distillation import check_matrix_products, dense, linear
 
-from jaxent import _linear_losses, _product_divergence, distillation_loss, linear_distillation_loss
+from jaxent import distillation_loss, linear_distillation_loss
 from jaxent._chunks import block_of_classes
 from jaxent._class_axis import ClassAxis
 from jaxent._class_blocks import of_classes, row_values
@@ -35,36 +35,17 @@ OPTIONS = {
 }
 
 
-@pytest.fixture
-def accelerators(monkeypatch):
-    """Go their way, as TPUs do."""
-    monkeypatch.setattr(_linear_losses, "_sweep_in_caches", _linear_losses._sweep_fused)
-    jax.clear_caches()
-    yield
-    jax.clear_caches()
-
-
 AS_THEY_DO = pytest.mark.usefixtures("accelerators")
 
 
-def linear(hidden, kernel, states, of_teacher, bias, its_bias, **options):
-    arrays = hidden, kernel, states, of_teacher
-    return jnp.sum(jnp.sin(linear_distillation_loss(*arrays, bias=bias, teacher_bias=its_bias, **options)))
-
-
-def dense(hidden, kernel, states, of_teacher, bias, its_bias, **options):
-    return jnp.sum(jnp.sin(distillation_loss(hidden @ kernel + bias, states @ of_teacher + its_bias, **options)))
-
-
 @AS_THEY_DO
-@pytest.mark.more(cases=1)
-@pytest.mark.parametrize("many", [4, 4096])
+@pytest.mark.more(cases=2)
+@pytest.mark.parametrize("chunk_size", [None, 2])  # all tokens at once in the second walk, or four
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
-def test_values_and_gradients(options, many, monkeypatch):
-    monkeypatch.setattr(_product_divergence, "_MANY", many)
+def test_values_and_gradients(options, chunk_size):
     with jax.enable_x64(True):
         for derivative in (partial(jax.value_and_grad, argnums=STUDENTS), lambda f: f):
-            got = jax.jit(derivative(partial(linear, **options, chunk_size=2)))(*ARRAYS)
+            got = jax.jit(derivative(partial(linear, **options, chunk_size=chunk_size)))(*ARRAYS)
             want = jax.jit(derivative(partial(dense, **options)))(*ARRAYS)
             jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-11, atol=1e-13), got, want)
 
@@ -117,23 +98,10 @@ def test_half_precision(dtype, bound, small):
 
 @AS_THEY_DO
 @pytest.mark.more(cases=1)
-@pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_matrix_products_and_none_for_tokens_without_weight(reduction, monkeypatch):
-    """Of a mean six: two for logits, twice, and one for either gradient; single losses make logits three times."""
-    tokens, features, its_features, classes, chunk_size = 60, 48, 32, 80, 10
-    monkeypatch.setattr(_product_divergence, "_MANY", chunk_size)
-
-    def f(hidden, kernel, states, of_teacher, weight):
-        arrays = hidden, kernel, states, of_teacher
-        options = {"sample_weight": weight, "reduction": reduction, "chunk_size": chunk_size}
-        return jnp.sum(jnp.sin(linear_distillation_loss(*arrays, **options)))
-
-    sizes = ((tokens, features), (features, classes), (tokens, its_features), (its_features, classes), (tokens,))
-    shapes = [jax.ShapeDtypeStruct(size, np.float32) for size in sizes]
-    program = jax.jit(jax.value_and_grad(f, (0, 1))).lower(*shapes).compile().as_text()
-    logits = (features + its_features) * (2 if reduction == "mean" else 3)
-    assert multiplications(program, tokens // chunk_size) == (logits + 2 * features) * tokens * classes
-    assert multiplications(program, 0) == 0
+@pytest.mark.parametrize(("reduction", "times"), [("mean", 2), ("none", 3)])
+def test_matrix_products_and_none_for_tokens_without_weight(reduction, times):
+    """Of a mean six."""
+    check_matrix_products(reduction, times)
 
 
 @pytest.mark.parametrize("beta", [0.0, 0.3, 1.0])
