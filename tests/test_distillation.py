@@ -13,7 +13,7 @@ import torch
 import jaxent
 from jaxent import distillation_loss
 
-pytestmark = pytest.mark.more(cases=2)
+pytestmark = pytest.mark.more(cases=1)
 
 N, C = 5, 6
 RNG = np.random.default_rng(0)
@@ -58,7 +58,6 @@ def close(got, want):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b.numpy(), rtol=1e-12, atol=1e-14), got, want)
 
 
-@pytest.mark.more(cases=1)
 @BETAS
 @pytest.mark.parametrize("temperature", [1.0, 1.7])
 def test_values_and_derivatives(beta, temperature, float64):
@@ -148,7 +147,6 @@ def test_equal_logits_have_no_divergence_and_no_gradient(beta):
     np.testing.assert_allclose(hessian, curvature, atol=1e-6)
 
 
-@pytest.mark.more(cases=1)
 @BETAS
 @pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
 def test_weights_and_masks(beta, reduction, float64):

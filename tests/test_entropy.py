@@ -10,7 +10,7 @@ from test_accuracy import _cases
 
 import jaxent
 
-pytestmark = pytest.mark.more(cases=2)
+pytestmark = pytest.mark.more(cases=1)
 
 # Where a probability is subnormal, and so 0 to XLA, terms of 87 times it are missing.
 TINY = 200 * np.finfo(np.float32).tiny

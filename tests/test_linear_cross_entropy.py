@@ -22,7 +22,7 @@ from jax.experimental import checkify
 import jaxent
 from jaxent import linear_cross_entropy
 
-pytestmark = pytest.mark.more(cases=2)
+pytestmark = pytest.mark.more(cases=1)
 
 N, D, C = 7, 4, 5
 LABELS = np.array([3, 0, 4, 1, 1, 2, 0], np.int32)
@@ -105,7 +105,6 @@ def test_each_option(name):
     assert_linear_matches_torch(HIDDEN, KERNEL, LABELS, reduction=reduction, chunk_size=3, **OPTIONS[name])
 
 
-@pytest.mark.more(cases=1)
 @pytest.mark.parametrize("implementation", [None, "xla"])
 @pytest.mark.parametrize("kind", ["indices", "probabilities"])
 @pytest.mark.parametrize(

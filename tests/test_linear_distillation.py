@@ -13,7 +13,7 @@ from test_linear_cross_entropy import multiplications
 
 from jaxent import distillation_loss, linear_distillation_loss
 
-pytestmark = pytest.mark.more(cases=2)
+pytestmark = pytest.mark.more(cases=1)
 
 N, D, E, C = 7, 4, 3, 5
 RNG = np.random.default_rng(0)
@@ -47,7 +47,6 @@ def dense(hidden, kernel, states, of_teacher, bias, its_bias, **options):
     return jnp.sum(jnp.sin(distillation_loss(hidden @ kernel + bias, states @ of_teacher + its_bias, **options)))
 
 
-@pytest.mark.more(cases=1)
 @pytest.mark.parametrize("train_teacher", [False, True])
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 def test_values_and_derivatives(options, train_teacher, float64):
@@ -70,6 +69,7 @@ def test_the_teacher_gets_no_gradient(float64):
     assert [bool(np.any(g)) for g in gradients] == [i in STUDENTS for i in range(6)]
 
 
+@pytest.mark.more
 def test_what_has_no_weight_may_hold_anything(float64):
     nothing = (WEIGHT == 0.0)[:, None]
     broken = np.where(nothing, np.nan, HIDDEN), KERNEL, np.where(nothing, np.inf, STATES), *ARRAYS[3:]

@@ -17,7 +17,7 @@ from test_linear_cross_entropy import multiplications
 import jaxent
 from jaxent import linear_log_probs
 
-pytestmark = pytest.mark.more(cases=2)
+pytestmark = pytest.mark.more(cases=1)
 
 N, D, C = 7, 4, 5
 RNG = np.random.default_rng(0)
@@ -65,7 +65,6 @@ def theirs(hidden, kernel, bias, scale, *, softcap=None, where=None, chunk_size=
 ARRAYS = HIDDEN, KERNEL, BIAS, np.float64(SCALE)
 
 
-@pytest.mark.more(cases=1)
 @pytest.mark.parametrize("implementation", [None, "xla"])
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 def test_values_and_derivatives(options, implementation, float64):
@@ -87,7 +86,6 @@ def test_values_and_derivatives(options, implementation, float64):
     jax.tree.map(close, jax.jit(jax.hessian(f, (0, 1, 2, 3)))(*ARRAYS), hessian)
 
 
-@pytest.mark.more(cases=1)
 @pytest.mark.parametrize("outer", [jax.jacfwd, jax.jacrev])
 @pytest.mark.parametrize("inner", [jax.jacfwd, jax.jacrev])
 def test_second_derivatives_in_every_order(outer, inner, float64):
@@ -161,7 +159,6 @@ def test_memory():
     assert memory.temp_size_in_bytes <= 0.15 * tokens * classes * 4
 
 
-@pytest.mark.more(cases=1)
 @pytest.mark.parametrize("implementation", [None, pytest.param("xla", marks=pytest.mark.more)])
 def test_an_ignored_token_may_hold_anything(implementation, float64):
     ignored = LABELS < 0
@@ -176,7 +173,6 @@ def test_an_ignored_token_may_hold_anything(implementation, float64):
     assert all(np.all(x[ignored] == 0.0) for x in results)
 
 
-@pytest.mark.more(cases=1)
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 def test_half_precision_is_accumulated_in_float32(dtype):
     hidden, kernel, bias = (jnp.asarray(x, dtype) for x in (HIDDEN, KERNEL, BIAS))

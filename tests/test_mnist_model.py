@@ -15,10 +15,9 @@ from flax import nnx
 
 from mnist.model import DEEP, NETWORKS, SMALL, Cnn, Committee, Layer, convolution, max_pool, padded, product
 
-pytestmark = pytest.mark.more(cases=2)
+pytestmark = pytest.mark.more(cases=1)
 
 
-@pytest.mark.more(cases=1)
 @pytest.mark.parametrize("layers", [layers for members in NETWORKS.values() for layers in members])
 def test_networks_for_cpus_and_for_accelerators_are_the_same(layers, monkeypatch):
     """The same parameters give the same logits and gradients, whichever way the machine takes."""
@@ -41,7 +40,6 @@ def test_networks_for_cpus_and_for_accelerators_are_the_same(layers, monkeypatch
         np.testing.assert_allclose(here, there, atol=1e-4 * float(jnp.abs(there).max()))
 
 
-@pytest.mark.more(cases=1)
 @pytest.mark.parametrize("channels", [1, 5])
 @pytest.mark.parametrize("extent", [7, 14])
 @pytest.mark.parametrize(("size", "stride"), [(3, 1), (3, 2), (4, 2), (5, 2)])
@@ -73,7 +71,6 @@ def test_pooling_equals_reduce_window():
     np.testing.assert_array_equal(max_pool(x), wanted)
 
 
-@pytest.mark.more(cases=1)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_parameters_are_float32_and_only_dropout_is_random(dtype):
     model = Cnn(nnx.Rngs(0), SMALL, dtype)
@@ -117,7 +114,6 @@ def set_to(tensor, array):
         tensor.copy_(torch.tensor(np.asarray(array)))
 
 
-@pytest.mark.more(cases=1)
 @pytest.mark.parametrize("layers", [layers for members in NETWORKS.values() for layers in members])
 def test_the_network_equals_torchs_layers(layers):
     torch = pytest.importorskip("torch")

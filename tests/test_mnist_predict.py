@@ -62,7 +62,7 @@ VARIANTS = {
 }
 
 
-@pytest.mark.more(cases=2)
+@pytest.mark.more(cases=1)
 @pytest.mark.parametrize("name", VARIANTS)
 def test_a_picture_of_an_mnist_digit_becomes_that_digit_again(name, tmp_path):
     likenesses = [
@@ -165,7 +165,7 @@ def photograph(name, i):
 CONDITIONS = ["sun", "lamp", "frame 5", "frame 0", "noise", "tight", "neighbour", "sun, noise, frame 4"]
 
 
-@pytest.mark.more(cases=2)
+@pytest.mark.more(cases=1)
 @pytest.mark.parametrize("name", CONDITIONS)
 def test_a_photograph_of_an_mnist_digit_becomes_that_digit_again(name, tmp_path):
     likenesses = []
@@ -184,7 +184,7 @@ def test_a_photograph_of_an_mnist_digit_becomes_that_digit_again(name, tmp_path)
 def training(tmp_path_factory):
     """Train on the sample, by the command; return the workdir, and what was printed."""
     folder = tmp_path_factory.mktemp("run")
-    flags = ["--data-dir", data.SAMPLE, "--workdir", folder, "--epochs", 4, "--batch-size", 100]
+    flags = ["--data-dir", data.SAMPLE, "--workdir", folder, "--epochs", 3, "--batch-size", 100]
     with redirect_stdout(StringIO()) as out:
         assert train_mnist.main(list(map(str, flags))) == 0
     return folder, out.getvalue()
@@ -219,6 +219,7 @@ def evaluate_after(change, workdir, copy, capsys):
     return command("evaluate", "--workdir", copy, capsys=capsys)
 
 
+@pytest.mark.more
 def test_evaluate_takes_the_data_that_the_run_was_trained_on(workdir, tmp_path, capsys):
     """Though other data are prepared now."""
     data.prepare({"train": draw(60, 0), "test": draw(50, 1)}, tmp_path / "data")

@@ -225,6 +225,7 @@ def test_a_finished_run_is_not_trained_again(uninterrupted, tmp_path, capsys, mo
     assert "is complete after step 240" in capsys.readouterr().out
 
 
+@pytest.mark.more
 def test_a_run_that_goes_on_elsewhere_says_so(uninterrupted, tmp_path, capsys, monkeypatch):
     finished, expected = uninterrupted
     workdir = tmp_path / "run"
@@ -375,7 +376,7 @@ def test_a_configuration_that_was_cut_or_changed_never_ends_in_a_traceback(unint
     assert refused > len(damaged) / 2
 
 
-@pytest.mark.more(cases=1)
+@pytest.mark.more
 @pytest.mark.parametrize(
     ("bad_update", "message"),
     [(30, "The loss is not finite at step 32, "), (39, "A parameter is not finite at step 40, ")],
@@ -501,7 +502,7 @@ sys.exit(train_mnist.main(["--epochs", "3", "--batch-size", "100", "--workdir", 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs a limit on the size of files")
 @pytest.mark.more(cases=1)
-@pytest.mark.parametrize(("limit", "what"), [(100, "config.json"), (100_000, "checkpoints")])
+@pytest.mark.parametrize(("limit", "what"), [(100_000, "checkpoints"), (100, "config.json")])
 def test_a_full_disk_gets_one_sentence(limit, what, tmp_path):
     """No file can grow beyond the limit: the command says nothing else, and leaves no part of a file."""
     workdir = tmp_path / "run"

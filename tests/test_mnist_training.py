@@ -39,7 +39,7 @@ def test_two_runs_with_one_seed_end_with_the_same_bits(tmp_path, capsys):
     assert [line.split()[0] for line in out.splitlines()] == ["configuration:", "epoch", "epoch"]
 
 
-@pytest.mark.more(cases=1)
+@pytest.mark.more
 @pytest.mark.parametrize("members", [[SMALL], [SMALL, DEEP]])
 def test_a_run_equals_a_plain_loop(members, tmp_path, monkeypatch):
     """A step at a time, by an nnx.Optimizer and optax's loss, without scan, dispatches and merged trees."""

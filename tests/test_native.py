@@ -18,7 +18,7 @@ from jaxent._kernels import native, xla
 
 pytestmark = [
     pytest.mark.skipif(native.unavailable() is not None, reason=str(native.unavailable())),
-    pytest.mark.more(cases=2),
+    pytest.mark.more(cases=1),
 ]
 
 # Around the width of a vector, blocks, tiles and pieces; classes last, first and between.
@@ -220,6 +220,7 @@ BITS = """
 
 
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="only Linux chooses cores")
+@pytest.mark.more
 def test_the_bits_are_the_same_for_any_number_of_threads():
     assert _run(BITS, ONE_CORE="1") == _run(BITS)
 

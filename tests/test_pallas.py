@@ -52,6 +52,7 @@ def _arrays(shape, dtype):
     }
 
 
+@pytest.mark.more
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("machine", [tpu, gpu], ids=["tpu", "gpu"])
@@ -116,7 +117,7 @@ assert "jax.experimental.pallas" not in sys.modules"""
     subprocess.run([sys.executable, "-c", code], check=True, env=os.environ | {"JAX_PLATFORMS": "cpu"})
 
 
-@pytest.mark.more(cases=1)
+@pytest.mark.more
 @pytest.mark.parametrize("machine", ["tpu", "gpu"])
 def test_under_every_transform(monkeypatch, machine):
     """Asked for by nobody, as programs are."""

@@ -8,7 +8,7 @@ import pytest
 
 import jaxent
 
-pytestmark = pytest.mark.more(cases=2)
+pytestmark = pytest.mark.more(cases=1)
 
 EPS = np.finfo(np.float32).eps
 SHAPES = [((4,), -1), ((3, 5), -1), ((3, 5), 0), ((2, 3, 4), 1), ((2, 130), -1)]

@@ -39,7 +39,7 @@ AS_THEY_DO = pytest.mark.usefixtures("accelerators")
 
 
 @AS_THEY_DO
-@pytest.mark.more(cases=2)
+@pytest.mark.more(cases=1)
 @pytest.mark.parametrize("chunk_size", [None, 2])  # all tokens at once in the second walk, or four
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 def test_values_and_gradients(options, chunk_size):

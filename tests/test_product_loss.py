@@ -15,7 +15,7 @@ from jaxent._class_axis import ClassAxis
 from jaxent._kernels.label_sums import LabelSums, label_rows
 from jaxent._product_loss import Layer, _sums, center
 
-pytestmark = pytest.mark.more(cases=2)
+pytestmark = pytest.mark.more(cases=1)
 
 N, D, C = 40, 8, 50
 fused = partial(linear_cross_entropy, implementation="xla")

@@ -10,7 +10,7 @@ import pytest
 
 import jaxent
 
-pytestmark = pytest.mark.more(cases=2)
+pytestmark = pytest.mark.more(cases=1)
 
 try:
     from jax.ad_checkpoint import saved_residuals

@@ -14,7 +14,7 @@ from _reference import torch_cross_entropy, torch_linear_cross_entropy, torch_nl
 
 import jaxent
 
-pytestmark = pytest.mark.more(cases=2)
+pytestmark = pytest.mark.more(cases=1)
 
 N, D, C = 7, 3, 5
 RNG = np.random.default_rng(0)
@@ -124,7 +124,6 @@ def test_values_and_gradients(name, labels, reduction, implementation):
     compare(name, labels, CLASS_WEIGHT, reduction, {}, implementation, hessian=False)
 
 
-@pytest.mark.more(cases=1)
 @pytest.mark.parametrize("name", ["cross_entropy", "linear_cross_entropy"])
 @LABELS
 @pytest.mark.parametrize("reduction", ["none", "mean"])

@@ -8,7 +8,7 @@ import torch
 
 import jaxent
 
-pytestmark = pytest.mark.more(cases=2)
+pytestmark = pytest.mark.more(cases=1)
 
 N, D, C = 6, 5, 7
 RNG = np.random.default_rng(0)
@@ -46,7 +46,6 @@ def in_torch(labels, smoothing, z, reduction, weight=None):
     return (losses.sum() / share.sum()).numpy()
 
 
-@pytest.mark.more(cases=1)
 @FUNCTIONS
 @LABELS
 @REDUCTION
@@ -62,7 +61,6 @@ def test_a_traced_scalar_is_as_good_as_a_number(f, labels, reduction, weight):
         np.testing.assert_allclose(loss(smoothing, z), want, rtol=1e-5)
 
 
-@pytest.mark.more(cases=1)
 @FUNCTIONS
 @LABELS
 @MORE

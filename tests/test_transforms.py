@@ -14,7 +14,7 @@ from jax.test_util import check_grads
 
 import jaxent
 
-pytestmark = pytest.mark.more(cases=2)
+pytestmark = pytest.mark.more(cases=1)
 
 N, C = 4, 5
 _RNG = np.random.default_rng(0)
