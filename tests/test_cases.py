@@ -15,6 +15,14 @@ from hypothesis import given, strategies as st
 @pytest.mark.more(cases=3)
 def test_many(i): pass
 
+@pytest.mark.parametrize("i", range(7))
+@pytest.mark.more(cases=1)
+def test_once(i): pass
+
+@pytest.mark.parametrize("i", range(7))
+@pytest.mark.more(cases=1)
+def test_once_elsewhere(i): pass
+
 @pytest.mark.more
 def test_long(): pass
 
@@ -48,8 +56,10 @@ def test_the_default_and_the_rest_are_all(chosen):
     assert few | rest == every
     assert few & rest == {"test_other_tests_inside", "test_drawn"}  # of which there is less by default
     assert {name for name in few if "many" in name} == {f"test_many[{i}]" for i in (0, 3, 6)}
+    (once,), (elsewhere,) = ({name[-2] for name in few if f"{test}[" in name} for test in ("once", "once_elsewhere"))
+    assert once != elsewhere  # of different tests different cases
     assert "test_long" in rest
-    assert len(every) == 12
+    assert len(every) == 26
 
 
 def test_ci_runs_readmes_command_and_the_rest():
