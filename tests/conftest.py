@@ -5,8 +5,8 @@ second; with `--minutes 10`, what has not begun after ten minutes is skipped. Ma
 cases, train for long, or compile for many shapes:
 
     @pytest.mark.more               not by default
-    @pytest.mark.more(cases=2)      by default so many cases of each implementation, from the first to the last;
-                                    of one case, which it is follows from the test's name, so not always the first
+    @pytest.mark.more(cases=2)      by default so many cases of each implementation, evenly spread; where they begin
+                                    follows from the test's name, or all tests would take their plainest case
     @pytest.mark.more(inside=True)  always, since the test itself runs fewer by default
 
 How many cases a fuzz test draws is a profile of hypothesis, which HYPOTHESIS_PROFILE chooses, too.
@@ -82,9 +82,8 @@ def _runs(item, number, total, rest):
     if marker is None or marker.kwargs.get("inside"):
         return marker is not None or not rest
     cases = marker.kwargs.get("cases", 0)
-    if cases == 1:
-        return rest != (number == zlib.crc32(_test_of(item)[0].__name__.encode()) % total)
-    return rest != (number in {round(i * (total - 1) / max(cases - 1, 1)) for i in range(cases)})
+    first = zlib.crc32(item.originalname.encode())
+    return rest != (number in {(first + i * total // cases) % total for i in range(cases)})
 
 
 @functools.cache  # one object each, so that what jit has compiled for it is found again

@@ -21,7 +21,11 @@ def test_once(i): pass
 
 @pytest.mark.parametrize("i", range(7))
 @pytest.mark.more(cases=1)
-def test_once_elsewhere(i): pass
+def test_another(i): pass
+
+@pytest.mark.parametrize("i", range(7))
+@pytest.mark.more(cases=9)
+def test_fewer_than_asked_for(i): pass
 
 @pytest.mark.more
 def test_long(): pass
@@ -55,11 +59,13 @@ def test_the_default_and_the_rest_are_all(chosen):
     few, rest, every = chosen(), chosen("--rest"), chosen("--all")
     assert few | rest == every
     assert few & rest == {"test_other_tests_inside", "test_drawn"}  # of which there is less by default
-    assert {name for name in few if "many" in name} == {f"test_many[{i}]" for i in (0, 3, 6)}
-    (once,), (elsewhere,) = ({name[-2] for name in few if f"{test}[" in name} for test in ("once", "once_elsewhere"))
-    assert once != elsewhere  # of different tests different cases
+    names = "test_many", "test_once", "test_another", "test_fewer_than_asked_for"
+    many, once, another, fewer = ([i for i in range(7) if f"{name}[{i}]" in few] for name in names)
+    assert (len(many), len(once), len(another), len(fewer)) == (3, 1, 1, 7)
+    assert {(b - a) % 7 for a, b in zip(many, [*many[1:], many[0]], strict=True)} == {2, 3}  # evenly spread
+    assert once != another
     assert "test_long" in rest
-    assert len(every) == 26
+    assert len(every) == 33
 
 
 def test_ci_runs_readmes_command_and_the_rest():
