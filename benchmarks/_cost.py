@@ -2,7 +2,8 @@
 
 XLA's own `cost_analysis` counts the body of a loop once, and has nothing to say of programs for GPUs. Here every
 instruction that becomes a kernel of its own moves its operands and results, unless they stay in the fast memory of
-a TPU's core; of an operand that a fusion only slices, or of a result that it only updates, the slice.
+a TPU's core; of an operand that a fusion only slices, or of a result that it only updates, by a slice or a scatter,
+what it changes.
 """
 
 import math
@@ -162,8 +163,9 @@ def _bytes(
     if roots and roots[0].operation == "tuple":
         roots = [inside[name] for name in roots[0].operands]
     for root in roots:
-        if root.operation == "dynamic-update-slice" and root.operands[1] in inside:
-            moved += array_bytes(inside[root.operands[1]].kind, fast=True) if array_bytes(i.kind) else 0
+        changes = root.operands[{"dynamic-update-slice": 1, "scatter": 2}.get(root.operation, 0) :][:1]
+        if root.operation in ("dynamic-update-slice", "scatter") and changes[0] in inside:
+            moved += array_bytes(inside[changes[0]].kind, fast=True) if array_bytes(i.kind) else 0
             updated.add(root.operands[0])
         else:
             moved += _in_slow_memory(i.kind, root.kind)

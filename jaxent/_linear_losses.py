@@ -30,7 +30,15 @@ from ._label_loss import How, is_easily_underflown, is_perturbed, mixed, unmoved
 from ._linear import inner, linear, times
 from ._nll import Scale, counting, read_labels
 from ._product_divergence import Pair, Tokens, product_divergences_and_gradients
-from ._product_loss import Center, Layer, center, dtype_of_exponentials, product_losses, product_losses_and_gradient
+from ._product_loss import (
+    Center,
+    Layer,
+    center,
+    dtype_of_exponentials,
+    product_losses,
+    product_losses_and_gradient,
+    product_losses_and_scaled_gradient,
+)
 
 
 class Options(NamedTuple):
@@ -413,8 +421,9 @@ def _counts(options: Options, arrays: Arrays, live: _Live) -> _Live:
 
 
 # How a loop goes: so that AD can differentiate it, with tiles added to the kernel's gradient one by one, with logits
-# in memory but no tiles, or without, see _product_loss.py.
-_Way = Literal["differentiable", "tiles", "logits", "fused"]
+# in memory but no tiles, or without, see _product_loss.py; then the gradient is made of exponentials in its products,
+# or, where the compiler would write it out first, is these with rows yet to be scaled.
+_Way = Literal["differentiable", "tiles", "logits", "fused", "scaled"]
 
 
 def _sweep_in_caches(
@@ -447,9 +456,10 @@ def _sweep_fused(
     any_kernel = options.loss.implementation in (None, "xla")
     plain = indices and not smoothed and arrays.where is None and options.softcap is None and not wanted[3]
     plain = plain and not options.entropy and not options.loss.stats  # no product knows where its maximum is
-    way = "fused" if any_kernel and plain else "logits"
+    scalable = holds_logits and arrays.added.uniform is None
+    way = "logits" if not (any_kernel and plain) else "scaled" if scalable else "fused"
     stored = (
-        _dtype_of_exponentials(wanted, arrays) if way == "fused" else jnp.result_type(arrays.hidden, arrays.kernel)
+        jnp.result_type(arrays.hidden, arrays.kernel) if way == "logits" else _dtype_of_exponentials(wanted, arrays)
     )
     held = stored.itemsize / _compute_dtype(arrays).itemsize + (holds_logits or way == "logits")
     parts = unseen_parts(arrays.hidden)
@@ -472,7 +482,7 @@ def _loop(
     tokens = hidden.shape[0]
     given = _given(arrays)
     operand = given.layer.kernel.dtype
-    near = center(given.layer, options.classes) if way == "fused" else None
+    near = center(given.layer, options.classes) if way in ("fused", "scaled") else None
     stored = _dtype_of_exponentials(wanted, arrays)
     scale, largest = (None, None) if scale is None else _in_range(scale, operand)
 
@@ -481,6 +491,9 @@ def _loop(
     ) -> tuple[Array, _Known | None, _Gradients]:
         if not any(wanted):
             return *_losses_of(options, given, near, x, labels), _Gradients(None, None, None, None)
+        if way == "scaled":
+            loss, rows, g = _losses_and_scaled_gradient_of(options, given, near, stored, x, labels, counts, s)
+            return loss, None, _scaled_products(wanted, x, given.layer.kernel, rows[:, None], g)
         loss, known, g, of_scale = _losses_and_gradient_of(options, given, near, stored, x, labels, counts, s)
         bias_term = jnp.sum(g, 0) if wanted[2] else None
         scale_term = jnp.sum(of_scale) if wanted[3] and of_scale is not None else None
@@ -527,7 +540,7 @@ def _loop(
         of_tokens = jax.tree.map(put, of_tokens, (loss, jax.lax.stop_gradient(known)))
         return of_tokens, _Gradients(of_hidden, of_kernel, of_bias, of_scale)
 
-    once = way == "fused" and isinstance(chunks.steps, int) and chunks.steps == 1
+    once = near is not None and isinstance(chunks.steps, int) and chunks.steps == 1
     zero = vary(jnp.zeros((), dtype), *jax.tree.leaves((arrays, scale)))
     nothing = chunks.spread(jnp.broadcast_to(options.classes.total(zero), rows))
     start = (
@@ -550,6 +563,22 @@ def _loop(
     of = zip(gradients, (arrays.hidden, arrays.kernel, arrays.bias, arrays.logit_scale), strict=True)
     losses, known = jax.tree.map(chunks.gather, of_tokens)
     return losses, known, _Gradients(*(None if g is None or x is None else _kept(g, x.dtype) for g, x in of))
+
+
+def _scaled_products(
+    wanted: _Wanted,
+    x: Float[Array, "size features"],
+    kernel: Float[Array, "features classes"],
+    scale: Float[Array, "size 1"],
+    g: Float[Array, "size classes"],
+) -> _Gradients:
+    """The terms of gradients, where that of logits is `scale * g`."""
+    operand, dtype = kernel.dtype, scale.dtype
+    bias_term = jnp.sum(scale * g.astype(dtype), 0) if wanted[2] else None
+    g = g.astype(operand)
+    hidden_term = scale * _dot(g, kernel, 1, 1, dtype) if wanted[0] else None
+    x = jnp.where(scale == 0.0, 0.0, scale * x.astype(dtype)).astype(operand)  # NaNs of what does not count
+    return _Gradients(hidden_term, _dot(x, g, 0, 0, dtype) if wanted[1] else None, bias_term, None)
 
 
 def _in_range(scale: Array, dtype: DTypeLike) -> tuple[Array, Array | None]:
@@ -763,6 +792,25 @@ def _losses_and_gradient_of(
     rows = losses.factors.times(layer.scaled(scale)).rows(losses.label)
     *parts, gradient = product_losses_and_gradient(layer, near, x, losses.label, rows, options.classes, stored)
     return mixed(losses.label, parts, losses.factors), None, gradient, None
+
+
+def _losses_and_scaled_gradient_of(
+    options: Options,
+    given: _Given,
+    near: Center | None,
+    stored: DTypeLike,
+    x: Float[Array, "size features"],
+    labels: Array,
+    counts: Bool[Array, " size"],
+    scale: Float[Array, " size"],
+) -> tuple[Float[Array, " size"], Float[Array, " size"], Float[Array, "size classes"]]:
+    """The losses of hidden states, and gradients with respect to unscaled logits, whose rows are yet to be scaled."""
+    losses = given.mixture(options, labels, x)
+    assert losses.label is not None and near is not None
+    y = jnp.where(counts, losses.label, -1)
+    a, _, z = losses.factors.times(given.layer.scaled(scale)).rows(y)
+    parts, rows, g = product_losses_and_scaled_gradient(given.layer, near, x, y, a, z, options.classes, stored)
+    return mixed(y, parts, losses.factors), rows, g
 
 
 def _logits(layer: Layer, x: Float[Array, "size features"]) -> Float[Array, "size classes"]:

@@ -102,6 +102,35 @@ def product_losses_and_gradient(
     return *label_rows(_from_label(sums), y, axis=axis), gradient
 
 
+def product_losses_and_scaled_gradient(
+    layer: Layer,
+    near: Center,
+    x: Float[Array, "tokens features"],
+    y: Integer[Array, " tokens"],
+    a: Row,
+    z: Row,
+    axis: ClassAxis,
+    stored: DTypeLike,
+) -> tuple[tuple[Row, Row, Row], Row, Float[Array, "tokens classes"]]:
+    """The same without the mean over all classes: numbers to scale rows by, and rows that make up the gradient then.
+
+    These are the exponentials where they lie, but for the label's: there is no pass that makes the gradient of them.
+    """
+    counts = (y >= 0) & ((a != 0.0) | (z != 0.0))
+    sums, e = _sums(layer, near, x, y, axis, stored, counts)
+    assert e is not None
+    rows = label_rows(_from_label(sums), y, axis=axis)
+    own, others, shared = axis.squeeze(jnp.exp(sums.d)), axis.squeeze(sums.others), 2.0 * z * rows[2]
+    least = jnp.finfo(a.dtype).eps * a  # about the rounding of the sum, which is divided by
+    scale = jnp.where(jnp.abs(a + shared) < jnp.abs(least), least, a + shared)
+    of_label = jnp.where(scale == 0.0, 0.0, (shared * own - a * others) / scale)
+    classes = e.shape[axis.index]
+    first = jax.lax.axis_index(axis.names) * classes if axis.names else 0
+    place = jnp.where(counts & (y >= first), y - first, classes)  # which is none
+    e = e.at[jnp.arange(len(y)), place].set(of_label.astype(stored), mode="drop", unique_indices=True)
+    return rows, jnp.where(counts, scale / (others + own), 0.0), e
+
+
 def dtype_of_exponentials(hidden: DTypeLike, summed: DTypeLike | None) -> jnp.dtype:
     """In which they wait for products with arrays like `hidden`, or for being `summed` as the gradient of a bias."""
     wide = compute_dtype(hidden)
@@ -123,15 +152,25 @@ class _State(NamedTuple):
 
 
 def _sums(
-    layer: Layer, near: Center, x: Array, y: Integer[Array, " tokens"], axis: ClassAxis, stored: DTypeLike | None
+    layer: Layer,
+    near: Center,
+    x: Array,
+    y: Integer[Array, " tokens"],
+    axis: ClassAxis,
+    stored: DTypeLike | None,
+    counts: Bool[Array, " tokens"] | None = None,
 ) -> tuple[LabelSums, Float[Array, "tokens classes"] | None]:
-    """Relative to the center of logits or, if one is too far away from that, to their maximum; and exponentials."""
+    """Relative to the center of logits or, if one is too far away from that, to their maximum; and exponentials.
 
-    def relative_to(reference: Array, x: Array, tries: Integer[Array, ""]) -> _State:
+    Of a row that does not count, where that is said, no exponential is infinite or NaN.
+    """
+
+    def relative_to(reference: Array, x: Array, tries: Integer[Array, ""], counts: Array | None) -> _State:
         d = layer.logits(x) - reference
         label, e, classes = axis.one_hot(y, d), jnp.exp(d), axis.size(d)
         of_label = jnp.where(axis.expand(y < classes), axis.sum(jnp.where(label, d, 0.0)), jnp.nan)
         sums = LabelSums(reference, of_label, axis.sum(jnp.where(label, 0.0, e)), axis.sum(d) / max(classes, 1))
+        e = e if counts is None else jnp.where(axis.expand(counts), e, 0.0)
         # Behind a barrier, or the compiler would keep logits in float32 instead.
         return _State(sums, None if stored is None else jax.lax.optimization_barrier(e.astype(stored)), tries)
 
@@ -144,8 +183,9 @@ def _sums(
         # Behind barriers, or the compiler would make the logits that are the same each time once, and keep them.
         known, tries = jax.lax.optimization_barrier((x, state.tries))
         known, maximum = jax.lax.optimization_barrier((known, axis.max(layer.logits(known))))
-        return relative_to(maximum, known, tries + 1)
+        return relative_to(maximum, known, tries + 1, counts)
 
     # A loop, which updates exponentials in place, where a condition would copy them.
-    state = jax.lax.while_loop(too_far, again, relative_to(near.of(x), x, vary(jnp.int32(0), x)))
+    # What is infinite or NaN is too far, too.
+    state = jax.lax.while_loop(too_far, again, relative_to(near.of(x), x, vary(jnp.int32(0), x), None))
     return state.sums, state.e

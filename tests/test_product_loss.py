@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.special import log_softmax, logsumexp
 
-from jaxent import linear_cross_entropy
+from jaxent import _linear_cross_entropy, _linear_losses, linear_cross_entropy
 from jaxent._class_axis import ClassAxis
 from jaxent._kernels.label_sums import LabelSums, label_rows
 from jaxent._product_loss import Layer, _sums, center
@@ -19,6 +19,19 @@ pytestmark = pytest.mark.more(cases=1)
 
 N, D, C = 40, 8, 50
 fused = partial(linear_cross_entropy, implementation="xla")
+
+
+# Of its own, since what is compiled does not know whose way it goes.
+on_gpus = jax.jit(_linear_losses.linear_losses.__wrapped__, static_argnums=2)
+
+
+@pytest.fixture(autouse=True, params=["tpu", "gpu"])
+def machine(request, monkeypatch):
+    """Whose way `fused` goes."""
+    if request.param == "gpu":
+        way = partial(_linear_losses._sweep_fused, holds_logits=True)
+        monkeypatch.setattr(_linear_losses, "_sweep_fused", way)
+        monkeypatch.setattr(_linear_cross_entropy, "linear_losses", on_gpus)
 
 
 def draw(seed=0, dtype=np.float32):
