@@ -124,10 +124,10 @@ def product_losses_and_scaled_gradient(
     least = jnp.finfo(a.dtype).eps * a  # about the rounding of the sum, which is divided by
     scale = jnp.where(jnp.abs(a + shared) < jnp.abs(least), least, a + shared)
     of_label = jnp.where(scale == 0.0, 0.0, (shared * own - a * others) / scale)
-    classes = e.shape[axis.index]
-    first = jax.lax.axis_index(axis.names) * classes if axis.names else 0
-    place = jnp.where(counts & (y >= first), y - first, classes)  # which is none
-    e = e.at[jnp.arange(len(y)), place].set(of_label.astype(stored), mode="drop", unique_indices=True)
+    first = jax.lax.axis_index(axis.names) * e.shape[1] if axis.names else 0
+    here = counts & (y >= first) & (y < first + e.shape[1])
+    place = jnp.arange(len(y)), jnp.where(here, y - first, 0)
+    e = e.at[place].set(jnp.where(here, of_label.astype(stored), e[place]), unique_indices=True)
     return rows, jnp.where(counts, scale / (others + own), 0.0), e
 
 
