@@ -96,9 +96,10 @@ def count(chip: str, name: str, shape: tuple[int, int, int], dtype: str) -> Coun
     loss = {**losses(), **distillations()}[name]
     program = jax.jit(jax.value_and_grad(loss, (0, 1))).lower(*arguments).compile()
     compiling = time.perf_counter() - start
-    held = jax.numpy.dtype(dtype).itemsize / 4 + (chip == "h100")
-    at_once = name == "jaxent at once" and fit_at_once(tokens, features, held)
-    steps = 0 if at_once else -(-tokens // chunk_size_for_memory(tokens, features, held))
+    width = jax.numpy.dtype(dtype).itemsize / 4
+    held = (width, 1.0) if chip == "h100" else (width,)
+    at_once = name == "jaxent at once" and fit_at_once(tokens, features, sum(held))
+    steps = 0 if at_once else -(-tokens // chunk_size_for_memory(tokens, features, held, gradient=width))
     kernels = kernels_of(program.as_text(), steps)
     memory = program.memory_analysis()
     peak = memory.peak_memory_in_bytes - memory.argument_size_in_bytes - memory.output_size_in_bytes
@@ -145,7 +146,8 @@ def split_rows(how: str, shape: tuple[int, int, int]) -> Iterator[str]:
             program = jax.jit(jax.value_and_grad(loss, (0, 1))).lower(*arguments).compile()
         own = tokens // (1 if way == "automatic" else sizes[0])
         parts = 8 if way == "automatic" else 1
-        kernels = kernels_of(program.as_text(), -(-own // chunk_size_for_memory(own, features, 0.5, parts)))
+        size = chunk_size_for_memory(own, features, (0.5,), parts, gradient=0.5)
+        kernels = kernels_of(program.as_text(), -(-own // size))
         memory = program.memory_analysis()
         peak = memory.peak_memory_in_bytes - memory.argument_size_in_bytes - memory.output_size_in_bytes
         sent = [k for k in kernels if re.match("all-|reduce-scatter|collective", k.instruction.operation)]

@@ -1,7 +1,7 @@
 """Walking over tokens a chunk at a time, so that only one chunk's logits exist at once."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +10,8 @@ import jax.numpy as jnp
 from jax.sharding import AxisType
 from jaxtyping import Array, Bool, Integer
 
-_SHARE = 0.2  # of all logits, at most
+SHARE = 0.2  # of all logits, at most
+_LEAST = 3  # chunks, or there would be none to skip
 ENOUGH = 4096  # tokens: with more, products are no faster
 
 
@@ -30,19 +31,40 @@ def chunk_size_in_caches(tokens: Any, features: Any) -> int:
     return min(-16 * (-even // 16), limit)
 
 
-def chunk_size_for_memory(tokens: Any, features: Any, held: float, parts: int = 1, share: float = _SHARE) -> int:
-    """Tokens whose logits an accelerator holds at once, if a chunk needs `held` times the bytes of its logits.
+def chunk_size_for_memory(
+    tokens: Any,
+    features: Any,
+    held: Sequence[float],
+    parts: int = 1,
+    share: float = SHARE,
+    gradient: float | None = None,
+) -> int:
+    """Tokens whose logits an accelerator holds at once, for each of so many `parts` of a machine.
 
-    This `share` of all logits at most, for each of so many `parts` of a machine.
+    A chunk needs some arrays, `held` times the bytes of its logits each: this `share` of all logits at most, beside a
+    sum for the kernel's gradient, if that is wanted. It has `gradient` times the bytes of its sum.
     """
     if not isinstance(tokens, int):  # of a size that is known when it runs
         return 1024
-    steps = max(math.ceil(held / share), -(-tokens // (ENOUGH * parts)))
+    result = 0.0
+    if gradient is not None and isinstance(features, int):
+        result = gradient * features / max(tokens, 1)
+        if gradient == 1.0:  # the result is the sum, which takes nothing then
+            share, result = share + result, 0.0
+    steps = max(_LEAST, -(-tokens // (ENOUGH * parts)))
+    while 16 * steps < tokens and not _fit(held, 1.0 / steps, share, result):
+        steps += 1
     # Chunks that fill the tiles of matrix units, where the number of tokens allows; but no more chunks than necessary
     # where each has to read and write a large sum of the kernel's gradient.
     if isinstance(features, int) and 4 * features <= tokens:
         steps = next((n for n in range(steps, steps + steps // 3 + 1) if tokens % (128 * n) == 0), steps)
     return max(-16 * (tokens // (-16 * steps)), 1)
+
+
+def _fit(held: Sequence[float], chunk: float, share: float, result: float) -> bool:
+    """Whether the arrays of such a chunk do, one of them where the result will be if there is room for it."""
+    sizes = [chunk * size for size in held]
+    return sum(sizes) - max((size for size in sizes if size <= result), default=0.0) < share
 
 
 def block_of_classes(tokens: Any, classes: int, size: int) -> int:
@@ -58,7 +80,7 @@ def block_of_classes(tokens: Any, classes: int, size: int) -> int:
 
 def fit_at_once(tokens: Any, features: Any, held: float) -> bool:
     """Whether all tokens at once take no more than chunks of them, which add up the kernel's gradient beside them."""
-    return isinstance(tokens, int) and isinstance(features, int) and 0 < (held - _SHARE) * tokens <= features
+    return isinstance(tokens, int) and isinstance(features, int) and 0 < (held - SHARE) * tokens <= features
 
 
 @dataclass(frozen=True)

@@ -456,16 +456,18 @@ def _sweep_fused(
     any_kernel = options.loss.implementation in (None, "xla")
     plain = indices and not smoothed and arrays.where is None and options.softcap is None and not wanted[3]
     plain = plain and not options.entropy and not options.loss.stats  # no product knows where its maximum is
-    scalable = holds_logits and arrays.added.uniform is None
+    parts = unseen_parts(arrays.hidden)
+    scalable = holds_logits and arrays.added.uniform is None and parts == 1
     way = "logits" if not (any_kernel and plain) else "scaled" if scalable else "fused"
     stored = (
         jnp.result_type(arrays.hidden, arrays.kernel) if way == "logits" else _dtype_of_exponentials(wanted, arrays)
     )
-    held = stored.itemsize / _compute_dtype(arrays).itemsize + (holds_logits or way == "logits")
-    parts = unseen_parts(arrays.hidden)
-    size = chunk_size_for_memory(tokens, features, held, parts)
+    wide = _compute_dtype(arrays).itemsize
+    held = stored.itemsize / wide, *((1.0,) if holds_logits or way == "logits" else ())
+    gradient = arrays.kernel.dtype.itemsize / wide if wanted[1] else None
+    size = chunk_size_for_memory(tokens, features, held, parts, gradient=gradient)
     skipping = counts is not None and parts == 1  # of chunks
-    if not skipping and fit_at_once(tokens, features, held):
+    if not skipping and fit_at_once(tokens, features, sum(held)):
         size = tokens
     return _loop(options, way, _chunks(options, arrays, counts, size, skip=True), wanted, arrays, scale)
 
@@ -614,7 +616,7 @@ def _walk_twice(
     # The memory that a chunk takes, in arrays of one model's logits, as compilers were seen to need it.
     held = 2.0 if not holds_logits else 3.0 if which.beta == 1.0 else 5.0
     count, features = arrays.hidden.shape
-    size = options.chunk_size or chunk_size_for_memory(count, features, held, share=_SHARE_OF_PAIRS)
+    size = options.chunk_size or chunk_size_for_memory(count, features, (held,), share=_SHARE_OF_PAIRS)
     ones = jnp.ones(count, _compute_dtype(arrays))
     scale, largest = _in_range(ones if scale is None else scale, operand)
     pair = Pair(given.layer, given.teacher, given.where)
@@ -806,7 +808,8 @@ def _losses_and_scaled_gradient_of(
 ) -> tuple[Float[Array, " size"], Float[Array, " size"], Float[Array, "size classes"]]:
     """The losses of hidden states, and gradients with respect to unscaled logits, whose rows are yet to be scaled."""
     losses = given.mixture(options, labels, x)
-    assert losses.label is not None and near is not None
+    assert losses.label is not None
+    assert near is not None
     y = jnp.where(counts, losses.label, -1)
     a, _, z = losses.factors.times(given.layer.scaled(scale)).rows(y)
     parts, rows, g = product_losses_and_scaled_gradient(given.layer, near, x, y, a, z, options.classes, stored)
