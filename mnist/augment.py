@@ -12,12 +12,14 @@ WARP = 1.0  # pixels, the standard deviation of the moves of a coarse grid of po
 WARP_POINTS = 7  # of that grid, along each axis
 
 
-def augmented(key: jax.Array, images: jax.Array) -> jax.Array:
-    """Return images (N, H, W, 1) of bytes as distorted ones, float32 of the same shape, 0 to 255."""
+def augmented(key: jax.Array, images: jax.Array, strength: jax.typing.ArrayLike = 1.0) -> jax.Array:
+    """Return images (N, H, W, 1) of bytes as distorted ones, float32 of the same shape, 0 to 255; 0: as they are."""
     affine_key, warp_key = jax.random.split(key)
     rows, columns = affine_positions(affine_key, *images.shape[:3])
     warp = warps(warp_key, *images.shape[:3])
-    return sample(images, rows + warp[:, 0], columns + warp[:, 1])
+    row, column = jnp.arange(images.shape[1])[:, None], jnp.arange(images.shape[2])[None, :]
+    down, right = rows + warp[:, 0] - row, columns + warp[:, 1] - column
+    return sample(images, row + strength * down, column + strength * right)
 
 
 def affine_positions(key: jax.Array, count: int, height: int, width: int) -> tuple[jax.Array, jax.Array]:

@@ -180,6 +180,7 @@ def make_run(
     `indices` (steps, batch) says which examples each step sees. Each device computes with its part of every batch;
     the loss is the mean over the whole batch, and the compiler adds what the devices must tell each other.
     """
+    distorted = round((1 - recipe.undistorted) * recipe.epochs * epoch_steps)  # steps
 
     def loss_of(params: Params, statistics: Params, images: jax.Array, labels: jax.Array, key: jax.Array) -> Any:
         network = nnx.merge(model, params, statistics, copy=True)  # its statistics become the batch's
@@ -193,8 +194,8 @@ def make_run(
         def step(state: State, batch: jax.Array) -> tuple[State, jax.Array]:
             batch = jax.lax.with_sharding_constraint(batch, divided(mesh, 0))
             augment_key, dropout_key = jax.random.split(jax.random.fold_in(key, state.step))
-            inputs, targets = augmented(augment_key, images[batch]), labels[batch]
-            args = state.params, nnx.filter_state(state.average, nnx.BatchStat), inputs, targets, dropout_key
+            inputs = augmented(augment_key, images[batch], jnp.where(state.step < distorted, 1.0, 0.0))
+            args = state.params, nnx.filter_state(state.average, nnx.BatchStat), inputs, labels[batch], dropout_key
             (loss, statistics), grads = jax.value_and_grad(loss_of, has_aux=True)(*args)
             updates, optimizer_state = optimizer.update(grads, state.optimizer, state.params)
             params = optax.apply_updates(state.params, updates)

@@ -19,6 +19,7 @@ def grid(count: int) -> tuple[np.ndarray, np.ndarray]:
 def test_undistorted_images_are_exact():
     inputs = images(5)
     assert np.array_equal(augment.sample(inputs, *grid(5)), inputs)
+    assert np.array_equal(augment.augmented(jax.random.key(0), inputs, 0.0), inputs)
 
 
 def test_sampling_equals_scipys_map_coordinates():

@@ -1,5 +1,6 @@
 """The training loop: its determinism, and its cutting into dispatches."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -19,7 +20,7 @@ from mnist.config import Config
 from mnist.evaluation import probabilities
 from mnist.idx import Digits
 from mnist.model import DEEP, NETWORKS, SMALL, Committee
-from mnist.recipes import make_optimizer
+from mnist.recipes import RECIPES, make_optimizer
 
 
 def tiny(workdir: Path, capsys: pytest.CaptureFixture[str]) -> tuple[training.Result, str]:
@@ -44,6 +45,7 @@ def test_two_runs_with_one_seed_end_with_the_same_bits(tmp_path, capsys):
 def test_a_run_equals_a_plain_loop(members, tmp_path, monkeypatch):
     """A step at a time, by an nnx.Optimizer and optax's loss, without scan, dispatches and merged trees."""
     monkeypatch.setitem(NETWORKS, "small", members)
+    monkeypatch.setitem(RECIPES, "default", replace(RECIPES["default"], undistorted=0.25))
     sample = data.load(data.SAMPLE)
     few = {split: Digits(digits.images[:100], digits.labels[:100]) for split, digits in sample.items()}
     config = Config(workdir=tmp_path / "run", epochs=2, batch_size=25, seed=3)
@@ -57,9 +59,9 @@ def test_a_run_equals_a_plain_loop(members, tmp_path, monkeypatch):
     losses = []
 
     @nnx.jit
-    def plain_step(network, optimizer, batch, augment_key, dropout_key):
+    def plain_step(network, optimizer, step, batch, augment_key, dropout_key):
         def loss_of(network):
-            inputs = augmented(augment_key, images[batch])
+            inputs = jnp.where(step < 6, augmented(augment_key, images[batch]), images[batch])
             logits = [member(inputs, dropout_key) for member in network.members]
             cost = optax.softmax_cross_entropy_with_integer_labels
             return sum(cost(each, labels[batch]).mean() for each in logits) / len(members)
@@ -72,7 +74,7 @@ def test_a_run_equals_a_plain_loop(members, tmp_path, monkeypatch):
         order = jax.random.permutation(jax.random.fold_in(order_key, step // 4), 100)
         batch = order[step % 4 * 25 :][:25]
         augment_key, dropout_key = jax.random.split(jax.random.fold_in(step_key, step))
-        losses.append(float(plain_step(network, optimizer, batch, augment_key, dropout_key)))
+        losses.append(float(plain_step(network, optimizer, step, batch, augment_key, dropout_key)))
         keep = min(recipe.ema, (step + 1) / (step + 10))
         average = jax.tree.map(lambda a, b, keep=keep: keep * a + (1 - keep) * b, average, nnx.state(network))
     told = [row["train_loss"] for row in result.history]
