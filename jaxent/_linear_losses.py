@@ -456,12 +456,11 @@ def _sweep_fused(
     any_kernel = options.loss.implementation in (None, "xla")
     plain = indices and not smoothed and arrays.where is None and options.softcap is None and not wanted[3]
     plain = plain and not options.entropy and not options.loss.stats  # no product knows where its maximum is
-    parts = unseen_parts(arrays.hidden)
-    scalable = holds_logits and arrays.added.uniform is None and parts == 1
+    parts, operand = unseen_parts(arrays.hidden), jnp.result_type(arrays.hidden, arrays.kernel)
+    # float16 has not the range of exponentials.
+    scalable = holds_logits and arrays.added.uniform is None and parts == 1 and not is_easily_underflown(operand)
     way = "logits" if not (any_kernel and plain) else "scaled" if scalable else "fused"
-    stored = (
-        jnp.result_type(arrays.hidden, arrays.kernel) if way == "logits" else _dtype_of_exponentials(wanted, arrays)
-    )
+    stored = operand if way == "logits" else _dtype_of_exponentials(wanted, arrays)
     wide = _compute_dtype(arrays).itemsize
     held = stored.itemsize / wide, *((1.0,) if holds_logits or way == "logits" else ())
     gradient = arrays.kernel.dtype.itemsize / wide if wanted[1] else None
