@@ -163,9 +163,10 @@ def _bytes(
     if roots and roots[0].operation == "tuple":
         roots = [inside[name] for name in roots[0].operands]
     for root in roots:
-        changes = root.operands[{"dynamic-update-slice": 1, "scatter": 2}.get(root.operation, 0) :][:1]
-        if root.operation in ("dynamic-update-slice", "scatter") and changes[0] in inside:
-            moved += array_bytes(inside[changes[0]].kind, fast=True) if array_bytes(i.kind) else 0
+        place = {"dynamic-update-slice": 1, "scatter": 2}.get(root.operation)
+        changes = None if place is None else inside.get(root.operands[place])
+        if changes is not None:
+            moved += array_bytes(changes.kind, fast=True) if array_bytes(i.kind) else 0
             updated.add(root.operands[0])
         else:
             moved += _in_slow_memory(i.kind, root.kind)

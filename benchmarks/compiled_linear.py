@@ -1,6 +1,7 @@
 """What the compilers of accelerators make of linear_cross_entropy, against plain optax: counted without a device.
 
     python benchmarks/compiled_linear.py [--chips v5e v6e v5p v7x h100] [--dtypes bfloat16] [--check | --write]
+    python benchmarks/compiled_linear.py --shape 4096 2048 50304 [--chips v5e]
     python benchmarks/compiled_linear.py --distillation [--chips v5e] [--dtypes bfloat16 float32] [--check | --write]
     python benchmarks/compiled_linear.py --split batch | classes | both [--shape 65536 4096 128256]
 
@@ -196,7 +197,7 @@ def main() -> None:
     parser.add_argument("--shapes", type=int, default=len(SHAPES), help="so many of the shapes")
     parser.add_argument("--distillation", action="store_true", help="linear_distillation_loss instead")
     parser.add_argument("--split", choices=["batch", "classes", "both"], help="on eight chips of a TPU v5e")
-    parser.add_argument("--shape", type=int, nargs=3, default=(65536, 4096, 128256), help="of --split")
+    parser.add_argument("--shape", type=int, nargs=3, help="this one, as tokens, features and classes")
     action = parser.add_mutually_exclusive_group()
     action.add_argument("--check", action="store_true", help="fail where a figure is worse than it was; jaxent alone")
     action.add_argument("--write", action="store_true", help="store the figures in compiled_linear.json")
@@ -208,11 +209,13 @@ def main() -> None:
     if arguments.split:
         print("| split | how | estimated ms | GB moved | temporaries, MB | large arrays that are communicated |")
         print("|---|---|---:|---:|---:|---|")
-        for line in split_rows(arguments.split, tuple(arguments.shape)):
+        for line in split_rows(arguments.split, tuple(arguments.shape or (65536, 4096, 128256))):
             print(line, flush=True)
         return
     import jax
 
+    shapes = SHAPES[1:2] if arguments.distillation else SHAPES[: arguments.shapes]
+    shapes = [tuple(arguments.shape)] if arguments.shape else shapes
     stored = json.loads(FILE.read_text()) if FILE.exists() else {}
     faults = []
     names = list(distillations() if arguments.distillation else losses())
@@ -221,7 +224,7 @@ def main() -> None:
         print(DISTILLATION if arguments.distillation else HEADER)
     for chip in arguments.chips:
         for dtype in arguments.dtypes:
-            for shape in SHAPES[1:2] if arguments.distillation else SHAPES[: arguments.shapes]:
+            for shape in shapes:
                 found = {}
                 for name in names:
                     if arguments.check and name in peers:

@@ -97,6 +97,7 @@ _SHARE_OF_PAIRS = 0.05  # of one model's logits, what is held of both models' at
 _Wanted = tuple[bool, bool, bool, bool]
 _NOTHING: _Wanted = (False, False, False, False)
 _SampleWeight = Float[Array, "..."] | None  # one per token
+_OfRows = Float[Array, " size"] | None
 
 
 class _Known(NamedTuple):
@@ -492,10 +493,10 @@ def _loop(
     ) -> tuple[Array, _Known | None, _Gradients]:
         if not any(wanted):
             return *_losses_of(options, given, near, x, labels), _Gradients(None, None, None, None)
-        if way == "scaled":
-            loss, rows, g = _losses_and_scaled_gradient_of(options, given, near, stored, x, labels, counts, s)
+        of_logits = partial(_losses_and_gradient_of, options, given, near, stored, scaled=way == "scaled")
+        loss, known, g, of_scale, rows = of_logits(x, labels, counts, s)
+        if rows is not None:
             return loss, None, _scaled_products(wanted, x, given.layer.kernel, rows[:, None], g)
-        loss, known, g, of_scale = _losses_and_gradient_of(options, given, near, stored, x, labels, counts, s)
         bias_term = jnp.sum(g, 0) if wanted[2] else None
         scale_term = jnp.sum(of_scale) if wanted[3] and of_scale is not None else None
         g = g.astype(operand)
@@ -672,7 +673,7 @@ def _sweep_directional(
             logits_dot += _dot(x.astype(dtype), kernel_dot, 1, 0, dtype)
 
         def of(unit: Array) -> Array:
-            _, _, g, of_scale = _losses_and_gradient_of(options, given, None, dtype, x, y, counts, unit)
+            _, _, g, of_scale, _ = _losses_and_gradient_of(options, given, None, dtype, x, y, counts, unit)
             tangent = jnp.sum(g * logits_dot, 1)
             return tangent if scale_dot is None or of_scale is None else tangent + scale_dot * of_scale
 
@@ -761,17 +762,20 @@ def _losses_and_gradient_of(
     labels: Array,
     counts: Bool[Array, " size"],
     scale: Float[Array, "size ..."],
-) -> tuple[Float[Array, "size ..."], _Known | None, Float[Array, "size classes"], Float[Array, " size"] | None]:
+    *,
+    scaled: bool = False,
+) -> tuple[Float[Array, "size ..."], _Known | None, Float[Array, "size classes"], _OfRows, _OfRows]:
     """The losses of hidden states, what else is known of these, and gradients of `sum(scale * losses)`.
 
-    First with respect to logits before they are scaled; then, if they are held, for each token by what scales them.
+    First with respect to logits before they are scaled; then, if they are held, for each token by what scales them;
+    and last, where it is to be `scaled`, by what to scale the rows of the first.
     """
     layer = given.layer
     if options.divergence is not None and given.teacher is not None:
         logits, of_teacher = given.shown(layer.logits(x)), given.shown(_logits(given.teacher, labels))
         scale = jnp.where(counts, scale, 0.0)
         loss, gradient = divergences_and_gradient(options.classes, options.divergence, logits, of_teacher, scale)
-        return loss, None, gradient, None
+        return loss, None, gradient, None, None
     losses = given.mixture(options, labels, x)
     if losses.label is not None:  # what does not count has no label: no infinity of the kernel may reach it
         losses = losses._replace(label=jnp.where(counts, losses.label, -1))
@@ -788,31 +792,15 @@ def _losses_and_gradient_of(
         if options.softcap is not None:
             gradient = gradient * (1.0 - (logits / options.softcap) ** 2)
         of_scale = None if layer.scale is None else jnp.sum(gradient * unscaled, 1)
-        return loss, _known(stats), layer.scaled(gradient), of_scale
+        return loss, _known(stats), layer.scaled(gradient), of_scale, None
     assert losses.label is not None
-    rows = losses.factors.times(layer.scaled(scale)).rows(losses.label)
-    *parts, gradient = product_losses_and_gradient(layer, near, x, losses.label, rows, options.classes, stored)
-    return mixed(losses.label, parts, losses.factors), None, gradient, None
-
-
-def _losses_and_scaled_gradient_of(
-    options: Options,
-    given: _Given,
-    near: Center | None,
-    stored: DTypeLike,
-    x: Float[Array, "size features"],
-    labels: Array,
-    counts: Bool[Array, " size"],
-    scale: Float[Array, " size"],
-) -> tuple[Float[Array, " size"], Float[Array, " size"], Float[Array, "size classes"]]:
-    """The losses of hidden states, and gradients with respect to unscaled logits, whose rows are yet to be scaled."""
-    losses = given.mixture(options, labels, x)
-    assert losses.label is not None
-    assert near is not None
-    y = jnp.where(counts, losses.label, -1)
-    a, _, z = losses.factors.times(given.layer.scaled(scale)).rows(y)
-    parts, rows, g = product_losses_and_scaled_gradient(given.layer, near, x, y, a, z, options.classes, stored)
-    return mixed(y, parts, losses.factors), rows, g
+    factors, rows = losses.factors.times(layer.scaled(scale)).rows(losses.label), None
+    arguments = layer, near, x, losses.label, factors, options.classes, stored
+    if scaled:
+        *parts, gradient, rows = product_losses_and_scaled_gradient(*arguments)
+    else:
+        *parts, gradient = product_losses_and_gradient(*arguments)
+    return mixed(losses.label, parts, losses.factors), None, gradient, None, rows
 
 
 def _logits(layer: Layer, x: Float[Array, "size features"]) -> Float[Array, "size classes"]:

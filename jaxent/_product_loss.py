@@ -107,15 +107,15 @@ def product_losses_and_scaled_gradient(
     near: Center,
     x: Float[Array, "tokens features"],
     y: Integer[Array, " tokens"],
-    a: Row,
-    z: Row,
+    factors: tuple[Row, ...],
     axis: ClassAxis,
     stored: DTypeLike,
-) -> tuple[tuple[Row, Row, Row], Row, Float[Array, "tokens classes"]]:
-    """The same without the mean over all classes: numbers to scale rows by, and rows that make up the gradient then.
+) -> tuple[Row, Row, Row, Float[Array, "tokens classes"], Row]:
+    """The same without the mean over all classes: rows that make up the gradient once they are scaled, and by what.
 
     These are the exponentials where they lie, but for the label's: there is no pass that makes the gradient of them.
     """
+    a, _, z = factors
     counts = (y >= 0) & ((a != 0.0) | (z != 0.0))
     sums, e = _sums(layer, near, x, y, axis, stored, counts)
     assert e is not None
@@ -128,7 +128,7 @@ def product_losses_and_scaled_gradient(
     here = counts & (y >= first) & (y < first + e.shape[1])
     place = jnp.arange(len(y)), jnp.where(here, y - first, 0)
     e = e.at[place].set(jnp.where(here, of_label.astype(stored), e[place]), unique_indices=True)
-    return rows, jnp.where(counts, scale / (others + own), 0.0), e
+    return *rows, e, jnp.where(counts, scale / (others + own), 0.0)
 
 
 def dtype_of_exponentials(hidden: DTypeLike, summed: DTypeLike | None) -> jnp.dtype:
