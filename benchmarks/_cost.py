@@ -15,10 +15,11 @@ SIZES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2}
 SIZES |= {"f32": 4, "s32": 4, "u32": 4, "f64": 8, "s64": 8, "u64": 8}
 ARRAY = re.compile(r"\b(\w+)\[([\d,]*)\](\{[^}]*\})?")
 HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\) -> .*\{$")
-INSTRUCTION = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = (\((?:[^()]|\([^()]*\))*\)|\S+) ([\w\-]+)\((.*)$")
+TUPLE = r"\((?:[^()]|\((?:[^()]|\([^()]*\))*\))*\)"  # whose entries may be tuples, too
+INSTRUCTION = re.compile(rf"^\s+(ROOT )?%?([\w.\-]+) = ({TUPLE}|\S+) ([\w\-]+)\((.*)$")
 # Instructions that move nothing.
 FREE = {"parameter", "get-tuple-element", "tuple", "bitcast", "constant", "iota", "after-all", "partition-id"}
-FREE |= {"optimization-barrier", "copy-done", "async-done", "all-reduce-done"}
+FREE |= {"optimization-barrier", "copy-done", "slice-done", "async-done", "all-reduce-done"}
 
 
 class Instruction(NamedTuple):
@@ -70,9 +71,10 @@ def total_bytes(kernels: list[Kernel]) -> int:
 
 
 def kernels_of(text: str, steps: int = 1) -> list[Kernel]:
-    """All kernels of a program. Loops whose length depends on data take so many steps, those inside of them none.
+    """All kernels of a program, where data are not extreme and all tokens count.
 
-    (The latter are the second attempt of jaxent's losses, which data that are not extreme do not need.)
+    Loops whose length depends on data take so many steps, jaxent's attempts at a loss one, and loops inside of those
+    none: further attempts. Where all tokens can be taken at once, they are.
     """
     program, entry = _parse(text)
     return list(_walk(program, entry, 1, steps))
@@ -112,6 +114,7 @@ def _walk(program: dict[str, list[Instruction]], name: str, times: int, steps: i
         if i.operation == "while":
             known = re.search(r'known_trip_count"?:\s*\{"?n"?:"?(\d+)', i.rest)
             count = int(known[1]) if known else _bound(program[called["condition"]])
+            count = 1 if "attempts/while" in i.rest else count
             yield from _walk(program, called["body"], times * (steps if count is None else count), 0)
         elif i.operation == "call":
             yield from _walk(program, called["to_apply"], times, steps)
@@ -119,7 +122,8 @@ def _walk(program: dict[str, list[Instruction]], name: str, times: int, steps: i
             branches = re.search(r"branch_computations=\{([^}]*)\}", i.rest)
             by_name = r"(?:true|false)_computation=%?([\w.\-]+)"
             names = re.findall(r"[\w.\-]+", branches[1]) if branches else re.findall(by_name, i.rest)
-            yield from max((list(_walk(program, n, times, steps)) for n in names), key=total_bytes)
+            costs = [list(_walk(program, n, times, steps)) for n in names]
+            yield from costs[-1 if branches else 0] if "at_once/cond" in i.rest else max(costs, key=total_bytes)
         elif times:
             fused = program[called["calls"]] if i.operation == "fusion" else None
             flops = _flops(program, fused or [i], body)
@@ -153,6 +157,9 @@ def _bytes(
         return array_bytes(i.kind) + (array_bytes(i.kind, fast=True) if array_bytes(types[0]) else 0)
     if i.operation == "dynamic-update-slice":
         return array_bytes(types[1]) + (array_bytes(types[1], fast=True) if array_bytes(i.kind) else 0)
+    if i.operation == "slice-start":
+        whole, part = re.findall(r"\w+\[[\d,]*\](?:\{[^}]*\})?", i.kind)[:2]
+        return array_bytes(part) + (array_bytes(part, fast=True) if array_bytes(whole) else 0)
     if i.operation == "copy-start":
         return sum(array_bytes(kind) for kind in re.findall(r"\w+\[[\d,]*\](?:\{[^}]*\})?", i.kind)[:2])
     if fused is None:

@@ -56,7 +56,7 @@ def chunk_size_for_memory(
         steps += 1
     # Chunks that fill the tiles of matrix units, where the number of tokens allows; but no more chunks than necessary
     # where each has to read and write a large sum of the kernel's gradient.
-    if isinstance(features, int) and 4 * features <= tokens:
+    if isinstance(features, int) and 4 * features < tokens:
         steps = next((n for n in range(steps, steps + steps // 3 + 1) if tokens % (128 * n) == 0), steps)
     return max(-16 * (tokens // (-16 * steps)), 1)
 
@@ -103,6 +103,17 @@ def unseen_parts(x: Array) -> int:
         return jax.device_count()
     sizes = zip(mesh.axis_sizes, mesh.axis_types, strict=True)
     return math.prod(size for size, kind in sizes if kind == AxisType.Auto)
+
+
+@jax.custom_batching.custom_vmap
+def everywhere(flag: Bool[Array, ""]) -> Bool[Array, ""]:
+    """The flag; below `jax.vmap`, whether all flags are set, so that a condition stays one."""
+    return flag
+
+
+@everywhere.def_vmap
+def _everywhere(size: int, batched: list[bool], flags: Bool[Array, " size"]) -> tuple[Bool[Array, ""], bool]:
+    return everywhere(jnp.all(flags)), False
 
 
 def packed_chunks(tokens: int, size: int, counts: Bool[Array, " tokens"] | None, *, skip: bool) -> Chunks:

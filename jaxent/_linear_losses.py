@@ -14,9 +14,11 @@ from jaxtyping import Array, Bool, Float, Integer, Shaped
 
 from ._check import WeightArray
 from ._chunks import (
+    ENOUGH,
     Chunks,
     chunk_size_for_memory,
     chunk_size_in_caches,
+    everywhere,
     fit_at_once,
     packed_chunks,
     strided_chunks,
@@ -35,6 +37,7 @@ from ._product_loss import (
     Layer,
     center,
     dtype_of_exponentials,
+    lies_by_class,
     product_losses,
     product_losses_and_gradient,
     product_losses_and_scaled_gradient,
@@ -466,10 +469,22 @@ def _sweep_fused(
     held = stored.itemsize / wide, *((1.0,) if holds_logits or way == "logits" else ())
     gradient = arrays.kernel.dtype.itemsize / wide if wanted[1] else None
     size = chunk_size_for_memory(tokens, features, held, parts, gradient=gradient)
-    skipping = counts is not None and parts == 1  # of chunks
-    if not skipping and fit_at_once(tokens, features, sum(held)):
-        size = tokens
-    return _loop(options, way, _chunks(options, arrays, counts, size, skip=True), wanted, arrays, scale)
+    by_class = not holds_logits and lies_by_class(*arrays.kernel.shape)
+    loop = partial(_loop, options, way, wanted=wanted, arrays=arrays, scale=scale, by_class=by_class)
+    chunks = _chunks(options, arrays, counts, size, skip=True)
+    more = options.entropy or options.divergence is not None  # is held beside the logits
+    if options.chunk_size or more or not fit_at_once(tokens, features, sum(held)):
+        return loop(chunks)
+    whole = strided_chunks(tokens, tokens, counts)
+    if counts is None or parts > 1:
+        return loop(whole)
+    if tokens > ENOUGH:  # a second program would be compiled for little
+        return loop(chunks)
+    # Where every chunk is needed, none is skipped. Without barriers gradients would be converted after the branches,
+    # which would return them wide.
+    branches = (lambda chunks=chunks: jax.lax.optimization_barrier(loop(chunks)) for chunks in (whole, chunks))
+    with jax.named_scope("at_once"):
+        return jax.lax.cond(everywhere(chunks.steps == -(-tokens // chunks.size)), *branches)
 
 
 def _loop(
@@ -479,10 +494,13 @@ def _loop(
     wanted: _Wanted,
     arrays: Arrays,
     scale: Float[Array, "tokens ..."] | None,
+    *,
+    by_class: bool = False,
 ) -> tuple[Float[Array, "tokens ..."], _Known | None, _Gradients]:
+    """`by_class` says how the kernel lies in memory, from where the loop reads it."""
     hidden, labels, dtype = arrays.hidden, arrays.labels, _compute_dtype(arrays)
     tokens = hidden.shape[0]
-    given = _given(arrays)
+    given = _given(arrays, by_class=by_class)
     operand = given.layer.kernel.dtype
     near = center(given.layer, options.classes) if way in ("fused", "scaled") else None
     stored = _dtype_of_exponentials(wanted, arrays)
@@ -720,13 +738,13 @@ class _Given(NamedTuple):
         return logits if self.where is None else jnp.where(self.where[None], logits, -jnp.inf)
 
 
-def _given(arrays: Arrays) -> _Given:
+def _given(arrays: Arrays, *, by_class: bool = False) -> _Given:
     kernel = arrays.kernel.astype(jnp.result_type(arrays.hidden, arrays.kernel))
     teacher = None
     if arrays.teacher is not None:
         dtype = jnp.result_type(arrays.labels, arrays.teacher.kernel)
         teacher = Layer(arrays.teacher.kernel.astype(dtype), arrays.teacher.bias)
-    layer = Layer(kernel, arrays.bias, arrays.logit_scale)
+    layer = Layer(kernel.T if by_class else kernel, arrays.bias, arrays.logit_scale, by_class)
     return _Given(layer, arrays.where, arrays.weight, arrays.added, teacher)
 
 

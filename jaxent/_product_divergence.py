@@ -7,6 +7,7 @@ each chunk: on accelerators that takes more memory than all else, and on TPUs lo
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -55,7 +56,7 @@ class Pair(NamedTuple):
         one = jnp.exp(0.0 * jnp.asarray(i, jnp.float32))  # which nobody knows before it runs
 
         def changing(layer: Layer) -> Layer:
-            return layer._replace(kernel=one * layer.kernel) if layer.kernel.dtype == jnp.float32 else layer
+            return replace(layer, weight=one * layer.weight) if layer.weight.dtype == jnp.float32 else layer
 
         return self._replace(student=changing(self.student), teacher=changing(self.teacher))
 

@@ -10,13 +10,15 @@ so nothing that counts underflows. It would overflow where a logit is some 60 ab
 more, relative to the maximum.
 """
 
-from typing import NamedTuple
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Integer
 
+from ._chunks import unseen_parts
 from ._class_axis import ClassAxis, vary
 from ._kernels import compute_dtype
 from ._kernels.label_sums import LabelSums, label_gradient, label_rows
@@ -25,12 +27,21 @@ Row = Float[Array, " tokens"]
 _ROOM = 1e12  # for factors, for reciprocals, which are no normal numbers before sums are infinite, and for rounding
 
 
-class Layer(NamedTuple):
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Layer:
     """What makes logits of hidden states."""
 
-    kernel: Float[Array, "features classes"]
+    weight: Float[Array, "features classes"] | Float[Array, "classes features"]
     bias: Float[Array, " classes"] | None
     scale: Float[Array, ""] | None = None
+    by_class: bool = field(default=False, metadata={"static": True})  # a row of `weight` is a class
+
+    @property
+    def kernel(self) -> Float[Array, "features classes"]:
+        """What multiplies hidden states."""
+        # Behind a barrier, or it is the transpose that a loop takes.
+        return jax.lax.optimization_barrier(self.weight).T if self.by_class else self.weight
 
     def logits(self, x: Float[Array, "tokens features"]) -> Float[Array, "tokens classes"]:
         """`scale * (x @ kernel + bias)`, accumulated in at least float32."""
@@ -60,6 +71,21 @@ class Center(NamedTuple):
     def of(self, x: Float[Array, "tokens features"]) -> Float[Array, "tokens 1"]:
         """It, for each of them; an integer, which is mostly subtracted from logits without rounding."""
         return jnp.round(jnp.sum(x.astype(self.kernel.dtype) * self.kernel[None], 1, keepdims=True) + self.bias)
+
+
+def lies_by_class(features: Any, classes: Any) -> bool:
+    """Whether TPUs lay a (features, classes) array out class by class: it takes less room in their tiles of 8 x 128.
+
+    A loop would get a copy in the order of the axes, a quarter of the float32 logits of twice as many tokens as
+    features.
+    """
+    if not isinstance(features, int) or not isinstance(classes, int):
+        return False
+
+    def room(outer: int, inner: int) -> int:
+        return -(-outer // 8) * 8 * -(-inner // 128) * 128
+
+    return room(classes, features) < room(features, classes)
 
 
 def center(layer: Layer, axis: ClassAxis) -> Center:
@@ -148,6 +174,7 @@ def _from_label(sums: LabelSums) -> LabelSums:
 class _State(NamedTuple):
     sums: LabelSums
     e: Float[Array, "tokens classes"] | None
+    maximum: Row | None
     tries: Integer[Array, ""]
 
 
@@ -162,30 +189,49 @@ def _sums(
 ) -> tuple[LabelSums, Float[Array, "tokens classes"] | None]:
     """Relative to the center of logits or, if one is too far away from that, to their maximum; and exponentials.
 
-    Of a row that does not count, where that is said, no exponential is infinite or NaN.
+    The maximum comes with the first attempt. Where it is said which rows count, it is a product of its own, as GPUs
+    want it, whose compiler would read the logits once more; and no exponential of other rows is infinite or NaN then.
     """
 
-    def relative_to(reference: Array, x: Array, tries: Integer[Array, ""], counts: Array | None) -> _State:
-        d = layer.logits(x) - reference
+    def relative_to(
+        reference: Array, x: Array, tries: Integer[Array, ""], counts: Array | None = None, *, last: bool
+    ) -> _State:
+        logits = layer.logits(x)
+        d = logits - reference
         label, e, classes = axis.one_hot(y, d), jnp.exp(d), axis.size(d)
         of_label = jnp.where(axis.expand(y < classes), axis.sum(jnp.where(label, d, 0.0)), jnp.nan)
         sums = LabelSums(reference, of_label, axis.sum(jnp.where(label, 0.0, e)), axis.sum(d) / max(classes, 1))
         e = e if counts is None else jnp.where(axis.expand(counts), e, 0.0)
         # Behind a barrier, or the compiler would keep logits in float32 instead.
-        return _State(sums, None if stored is None else jax.lax.optimization_barrier(e.astype(stored)), tries)
+        e = None if stored is None else jax.lax.optimization_barrier(e.astype(stored))
+        return _State(sums, e, None if last else axis.max(logits), tries + 1)
 
-    def too_far(state: _State) -> Bool[Array, ""]:
+    def unsure(state: _State) -> Bool[Array, ""]:
         d = jnp.where(axis.expand(y < 0), -jnp.inf, state.sums.d)
         total = state.sums.others + jnp.where(jnp.isnan(d), 0.0, jnp.exp(d))
-        return (state.tries == 0) & ~jnp.all((total >= 0.5) & (total <= jnp.finfo(total.dtype).max / _ROOM))
+        fits = jnp.all((total >= 0.5) & (total <= jnp.finfo(total.dtype).max / _ROOM))
+        return (state.tries == 0) | ((state.tries == 1) & ~fits)
+
+    # Behind barriers, or the compiler would make the logits that are the same each time once, and keep them.
+    def attempt(state: _State) -> _State:
+        known, reference = jax.lax.optimization_barrier((x, state.maximum))
+        return relative_to(reference, known, state.tries, last=False)
 
     def again(state: _State) -> _State:
-        # Behind barriers, or the compiler would make the logits that are the same each time once, and keep them.
         known, tries = jax.lax.optimization_barrier((x, state.tries))
         known, maximum = jax.lax.optimization_barrier((known, axis.max(layer.logits(known))))
-        return relative_to(maximum, known, tries + 1, counts)
+        return relative_to(maximum, known, tries, counts, last=True)
 
     # A loop, which updates exponentials in place, where a condition would copy them.
     # What is infinite or NaN is too far, too.
-    state = jax.lax.while_loop(too_far, again, relative_to(near.of(x), x, vary(jnp.int32(0), x), None))
+    r, tries = near.of(x), vary(jnp.int32(0), x)
+    if counts is not None:
+        state = jax.lax.while_loop(unsure, again, relative_to(r, x, tries, last=True))
+    else:
+        of_label, e = vary(r, y), None
+        if stored is not None:
+            make = jax.lax.empty if unseen_parts(x) == 1 else jnp.zeros  # which automatic sharding can split
+            e = vary(make((x.shape[0], layer.kernel.shape[1]), jnp.dtype(stored)), x, *jax.tree.leaves(layer))
+        with jax.named_scope("attempts"):
+            state = jax.lax.while_loop(unsure, attempt, _State(LabelSums(r, of_label, of_label, r), e, r, tries))
     return state.sums, state.e

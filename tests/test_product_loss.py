@@ -53,8 +53,8 @@ def exact(hidden, kernel, labels):
     return np.logaddexp(0.0, others - own), g @ w.T, h.T @ g
 
 
-def tries(layer, hidden, labels):
-    """How often logits are made anew, relative to their maximum."""
+def attempts(layer, hidden, labels):
+    """How often exponentials are made: once, or again relative to the maximum."""
     axis = ClassAxis(1)
 
     def run(layer, hidden, labels):
@@ -150,10 +150,10 @@ def test_an_implementation_that_is_asked_for_serves_or_says_why_not():
 
 def test_when_logits_are_made_twice():
     hidden, kernel, labels = draw()
-    assert tries(Layer(kernel, None), hidden, labels) == 0
-    assert tries(Layer(kernel + 1000.0, None), hidden, labels) == 0  # what all logits share does not matter
-    assert tries(Layer(100.0 * kernel, None), hidden, labels) == 1
-    assert tries(Layer(kernel.at[:, 3].set(jnp.nan), None), hidden, labels) == 1
+    assert attempts(Layer(kernel, None), hidden, labels) == 1
+    assert attempts(Layer(kernel + 1000.0, None), hidden, labels) == 1  # what all logits share does not matter
+    assert attempts(Layer(100.0 * kernel, None), hidden, labels) == 2
+    assert attempts(Layer(kernel.at[:, 3].set(jnp.nan), None), hidden, labels) == 2
 
 
 @pytest.mark.parametrize("hidden_bias", [-np.inf, -1e9, -1e30])
@@ -162,7 +162,7 @@ def test_a_bias_that_hides_classes_costs_nothing(hidden_bias):
     hidden, kernel, labels = draw()
     labels %= 40
     bias = jnp.where(jnp.arange(C) < 40, jnp.linspace(-8.0, 5.0, C), hidden_bias)
-    assert tries(Layer(kernel, bias), hidden, labels) == 0
+    assert attempts(Layer(kernel, bias), hidden, labels) == 1
     expected = -log_softmax(np.asarray(hidden, float) @ np.asarray(kernel, float) + np.asarray(bias, float), 1)
     losses = fused(hidden, kernel, labels, bias=bias, reduction="none")
     np.testing.assert_allclose(losses, expected[np.arange(N), labels], rtol=1e-5)
@@ -218,10 +218,46 @@ def test_sums_are_relative_to_any_number():
         np.testing.assert_allclose(a, b, rtol=2e-6, atol=2e-6)
 
 
+@pytest.mark.parametrize(
+    ("live", "sizes"), [((48,), {48}), ((33,), {48}), ((32,), {16}), ((0,), {16}), ((48, 33), {48}), ((48, 20), {16})]
+)
+def test_all_at_once_where_no_chunk_could_be_skipped(live, sizes, monkeypatch):
+    """Below vmap, too, one of the two programs runs; values and gradients are those of the tokens that count."""
+    ran, loop, losses = set(), _linear_losses._loop, _linear_losses.linear_losses.__wrapped__
+
+    def spy(options, way, chunks, **rest):
+        jax.debug.callback(lambda: ran.add(chunks.size))
+        return loop(options, way, chunks, **rest)
+
+    monkeypatch.setattr(_linear_losses, "_loop", spy)
+    anew = jax.jit(lambda arrays, weight, options: losses(arrays, weight, options), static_argnums=2)
+    monkeypatch.setattr(_linear_cross_entropy, "linear_losses", anew)
+    rng = np.random.default_rng(3)
+    hidden, kernel = (jnp.asarray(rng.standard_normal(shape), np.float32) for shape in ((48, 96), (96, 70)))
+    every = jnp.asarray(rng.integers(70, size=48))
+    order = rng.permutation(48)
+    labels = jnp.stack([jnp.where(order < n, every, -100) for n in live])
+    found = jax.vmap(jax.value_and_grad(partial(fused, reduction="sum"), (0, 1)), (None, None, 0))
+    value, gradients = jax.block_until_ready(found(hidden, kernel, labels))
+    jax.effects_barrier()
+    assert ran == sizes
+    for i, n in enumerate(live):
+        some = order < n
+        rows = np.asarray(hidden, float)[some] @ np.asarray(kernel, float)
+        own = np.asarray(every)[some]
+        p = np.exp(log_softmax(rows, 1)) - (np.arange(70) == own[:, None])
+        np.testing.assert_allclose(value[i], -log_softmax(rows, 1)[np.arange(n), own].sum(), rtol=1e-5)
+        of_hidden = np.zeros((48, 96))
+        of_hidden[some] = p @ np.asarray(kernel, float).T
+        of_kernel = np.asarray(hidden, float)[some].T @ p
+        for a, b in zip(gradients, (of_hidden, of_kernel), strict=True):
+            np.testing.assert_allclose(a[i], b, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("ignore_index", [None, -100])
 @pytest.mark.parametrize("dtype", [np.float32, jnp.bfloat16, np.float16])
 def test_at_once_and_in_chunks(dtype, ignore_index):
-    """Few tokens of many features are one chunk if none can be ignored. Value and gradients are the same."""
+    """Few tokens of many features are one chunk. Value and gradients are the same."""
     rng = np.random.default_rng(2)
     hidden, kernel = (jnp.asarray(rng.standard_normal(shape), dtype) for shape in ((64, 96), (96, 70)))
     kernel /= jnp.asarray(8.0, dtype)  # logits of size 1
