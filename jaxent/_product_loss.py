@@ -224,14 +224,16 @@ def _sums(
 
     # A loop, which updates exponentials in place, where a condition would copy them.
     # What is infinite or NaN is too far, too.
-    r, tries = near.of(x), vary(jnp.int32(0), x)
+    r, none = near.of(x), vary(jnp.int32(0), x)
     if counts is not None:
-        state = jax.lax.while_loop(unsure, again, relative_to(r, x, tries, last=True))
+        state = jax.lax.while_loop(unsure, again, relative_to(r, x, none, last=True))
+    elif unseen_parts(x) > 1:  # automatic sharding cannot split what is empty
+        state = jax.lax.while_loop(unsure, attempt, relative_to(r, x, none, last=False))
     else:
         of_label, e = vary(r, y), None
         if stored is not None:
-            make = jax.lax.empty if unseen_parts(x) == 1 else jnp.zeros  # which automatic sharding can split
-            e = vary(make((x.shape[0], layer.kernel.shape[1]), jnp.dtype(stored)), x, *jax.tree.leaves(layer))
+            e = jax.lax.empty((x.shape[0], layer.kernel.shape[1]), jnp.dtype(stored))
+            e = vary(e, x, *jax.tree.leaves(layer))
         with jax.named_scope("attempts"):
-            state = jax.lax.while_loop(unsure, attempt, _State(LabelSums(r, of_label, of_label, r), e, r, tries))
+            state = jax.lax.while_loop(unsure, attempt, _State(LabelSums(r, of_label, of_label, r), e, r, none))
     return state.sums, state.e
