@@ -107,7 +107,7 @@ def unseen_parts(x: Array) -> int:
 
 @jax.custom_batching.custom_vmap
 def everywhere(flag: Bool[Array, ""]) -> Bool[Array, ""]:
-    """The flag; below `jax.vmap`, whether all flags are set, so that a condition stays one."""
+    """The flag; below `jax.vmap`, whether all flags are set: so a condition stays one, and a loop selects nothing."""
     return flag
 
 

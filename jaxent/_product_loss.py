@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Integer
 
-from ._chunks import unseen_parts
+from ._chunks import everywhere, unseen_parts
 from ._class_axis import ClassAxis, vary
 from ._kernels import compute_dtype
 from ._kernels.label_sums import LabelSums, label_gradient, label_rows
@@ -210,7 +210,7 @@ def _sums(
         d = jnp.where(axis.expand(y < 0), -jnp.inf, state.sums.d)
         total = state.sums.others + jnp.where(jnp.isnan(d), 0.0, jnp.exp(d))
         fits = jnp.all((total >= 0.5) & (total <= jnp.finfo(total.dtype).max / _ROOM))
-        return (state.tries == 0) | ((state.tries == 1) & ~fits)
+        return (state.tries == 0) | ((state.tries == 1) & ~everywhere(fits))
 
     # Behind barriers, or the compiler would make the logits that are the same each time once, and keep them.
     def attempt(state: _State) -> _State:

@@ -94,6 +94,17 @@ def test_logits_of_any_size(scale, dtype):
         assert np.linalg.norm(np.asarray(g, float) - e) <= 2.0 * rounding * np.linalg.norm(e)
 
 
+def test_logits_of_any_size_below_vmap():
+    """One of which takes a second attempt, which all others then take as well: as each by itself."""
+    hidden, kernel, labels = draw()
+    both = jnp.stack([kernel, 1000.0 * kernel])
+    f = jax.value_and_grad(partial(fused, reduction="sum"), (0, 1))
+    found = jax.vmap(f, (None, 0, None))(hidden, both, labels)
+    for i in range(2):
+        for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(f(hidden, both[i], labels)), strict=True):
+            assert np.linalg.norm(a[i] - b) <= 1e-5 * np.linalg.norm(b)
+
+
 @pytest.mark.parametrize("options", [{}, {"z_loss": 0.1}, {"weight": 1000.0}], ids=["plain", "z_loss", "weight"])
 @pytest.mark.parametrize("dtype", [np.float32, jnp.bfloat16])
 @pytest.mark.parametrize("top", [50.0, 60.5, 78.0, 85.0, 87.5, 88.3, 88.6, 88.7215, 90.0])
