@@ -19,7 +19,7 @@ class Recipe:
 
 
 RECIPES = {
-    "default": Recipe(epochs=14, batch_size=64, learning_rate=3e-3, weight_decay=3e-2, undistorted=0.07),
+    "default": Recipe(epochs=12, batch_size=64, learning_rate=3e-3, weight_decay=3e-2, undistorted=0.07),
     "accurate": Recipe(epochs=10, batch_size=64, learning_rate=3e-3, weight_decay=1e-2, network="three"),
 }
 
