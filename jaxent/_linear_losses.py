@@ -470,7 +470,8 @@ def _sweep_fused(
     gradient = arrays.kernel.dtype.itemsize / wide if wanted[1] else None
     size = chunk_size_for_memory(tokens, features, held, parts, gradient=gradient)
     by_class = not holds_logits and lies_by_class(*arrays.kernel.shape)
-    loop = partial(_loop, options, way, wanted=wanted, arrays=arrays, scale=scale, by_class=by_class)
+    machine = {"by_class": by_class, "apart": holds_logits}
+    loop = partial(_loop, options, way, wanted=wanted, arrays=arrays, scale=scale, **machine)
     chunks = _chunks(options, arrays, counts, size, skip=True)
     more = options.entropy or options.divergence is not None  # is held beside the logits
     if options.chunk_size or more or not fit_at_once(tokens, features, sum(held)):
@@ -496,13 +497,14 @@ def _loop(
     scale: Float[Array, "tokens ..."] | None,
     *,
     by_class: bool = False,
+    apart: bool = False,
 ) -> tuple[Float[Array, "tokens ..."], _Known | None, _Gradients]:
-    """`by_class` says how the kernel lies in memory, from where the loop reads it."""
+    """`by_class` says how the kernel lies in memory, and `apart` that maxima are better made apart, see `Center`."""
     hidden, labels, dtype = arrays.hidden, arrays.labels, _compute_dtype(arrays)
     tokens = hidden.shape[0]
     given = _given(arrays, by_class=by_class)
     operand = given.layer.kernel.dtype
-    near = center(given.layer, options.classes) if way in ("fused", "scaled") else None
+    near = center(given.layer, options.classes, apart=apart) if way in ("fused", "scaled") else None
     stored = _dtype_of_exponentials(wanted, arrays)
     scale, largest = (None, None) if scale is None else _in_range(scale, operand)
 

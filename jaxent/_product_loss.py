@@ -67,6 +67,7 @@ class Center(NamedTuple):
 
     kernel: Float[Array, " features"]
     bias: Float[Array, ""]
+    apart: bool  # whether the largest logit itself, should it be needed, is a product of its own
 
     def of(self, x: Float[Array, "tokens features"]) -> Float[Array, "tokens 1"]:
         """It, for each of them; an integer, which is mostly subtracted from logits without rounding."""
@@ -88,19 +89,19 @@ def lies_by_class(features: Any, classes: Any) -> bool:
     return room(classes, features) < room(features, classes)
 
 
-def center(layer: Layer, axis: ClassAxis) -> Center:
+def center(layer: Layer, axis: ClassAxis, *, apart: bool) -> Center:
     """The mean over the classes, weighted by the bias."""
     kernel = layer.kernel.astype(compute_dtype(layer.kernel.dtype))
     classes = axis.size(kernel)
     if layer.bias is None:
         mean = axis.total(jnp.sum(kernel, 1)) / classes
-        return Center(layer.scaled(mean), jnp.zeros((), kernel.dtype))
+        return Center(layer.scaled(mean), jnp.zeros((), kernel.dtype), apart)
     b = layer.scaled(layer.bias.astype(kernel.dtype)[None])
     m = axis.max(b)
     q = jnp.exp(b - m)
     total = axis.sum(q)
     mean = axis.total(jnp.sum(kernel * q, 1)) / total[0]
-    return Center(layer.scaled(mean), (m + jnp.log(total / classes))[0, 0])
+    return Center(layer.scaled(mean), (m + jnp.log(total / classes))[0, 0], apart)
 
 
 def product_losses(
@@ -189,8 +190,8 @@ def _sums(
 ) -> tuple[LabelSums, Float[Array, "tokens classes"] | None]:
     """Relative to the center of logits or, if one is too far away from that, to their maximum; and exponentials.
 
-    The maximum comes with the first attempt. Where it is said which rows count, it is a product of its own, as GPUs
-    want it, whose compiler would read the logits once more; and no exponential of other rows is infinite or NaN then.
+    The maximum comes with the first attempt, but for GPUs, whose compiler would read the logits once more for it. Of
+    a row that does not count, where that is said to them, no exponential is infinite or NaN.
     """
 
     def relative_to(
@@ -225,7 +226,7 @@ def _sums(
     # A loop, which updates exponentials in place, where a condition would copy them.
     # What is infinite or NaN is too far, too.
     r, none = near.of(x), vary(jnp.int32(0), x)
-    if counts is not None:
+    if near.apart:
         state = jax.lax.while_loop(unsure, again, relative_to(r, x, none, last=True))
     elif unseen_parts(x) > 1:  # automatic sharding cannot split what is empty
         state = jax.lax.while_loop(unsure, attempt, relative_to(r, x, none, last=False))

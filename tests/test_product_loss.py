@@ -53,7 +53,7 @@ def exact(hidden, kernel, labels):
     return np.logaddexp(0.0, others - own), g @ w.T, h.T @ g
 
 
-def attempts(layer, hidden, labels):
+def attempts(layer, hidden, labels, *, apart):
     """How often exponentials are made: once, or again relative to the maximum."""
     axis = ClassAxis(1)
 
@@ -68,7 +68,7 @@ def attempts(layer, hidden, labels):
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(jax.lax, "while_loop", spy)
-            _sums(layer, center(layer, axis), hidden, labels, axis, None)
+            _sums(layer, center(layer, axis, apart=apart), hidden, labels, axis, None)
         return counted[0]
 
     return int(jax.jit(run)(layer, hidden, labels))
@@ -159,21 +159,24 @@ def test_an_implementation_that_is_asked_for_serves_or_says_why_not():
         f.trace(hidden, kernel, labels).lower(lowering_platforms=("tpu",))
 
 
-def test_when_logits_are_made_twice():
+@pytest.mark.parametrize("apart", [False, True])
+def test_when_logits_are_made_twice(apart):
     hidden, kernel, labels = draw()
-    assert attempts(Layer(kernel, None), hidden, labels) == 1
-    assert attempts(Layer(kernel + 1000.0, None), hidden, labels) == 1  # what all logits share does not matter
-    assert attempts(Layer(100.0 * kernel, None), hidden, labels) == 2
-    assert attempts(Layer(kernel.at[:, 3].set(jnp.nan), None), hidden, labels) == 2
+    assert attempts(Layer(kernel, None), hidden, labels, apart=apart) == 1
+    shared = 1000.0  # what all logits have in common does not matter
+    assert attempts(Layer(kernel + shared, None), hidden, labels, apart=apart) == 1
+    assert attempts(Layer(100.0 * kernel, None), hidden, labels, apart=apart) == 2
+    assert attempts(Layer(kernel.at[:, 3].set(jnp.nan), None), hidden, labels, apart=apart) == 2
 
 
+@pytest.mark.parametrize("apart", [False, True])
 @pytest.mark.parametrize("hidden_bias", [-np.inf, -1e9, -1e30])
-def test_a_bias_that_hides_classes_costs_nothing(hidden_bias):
+def test_a_bias_that_hides_classes_costs_nothing(hidden_bias, apart):
     """Of a padded vocabulary, say: neither a second product, nor accuracy."""
     hidden, kernel, labels = draw()
     labels %= 40
     bias = jnp.where(jnp.arange(C) < 40, jnp.linspace(-8.0, 5.0, C), hidden_bias)
-    assert attempts(Layer(kernel, bias), hidden, labels) == 1
+    assert attempts(Layer(kernel, bias), hidden, labels, apart=apart) == 1
     expected = -log_softmax(np.asarray(hidden, float) @ np.asarray(kernel, float) + np.asarray(bias, float), 1)
     losses = fused(hidden, kernel, labels, bias=bias, reduction="none")
     np.testing.assert_allclose(losses, expected[np.arange(N), labels], rtol=1e-5)
@@ -186,7 +189,7 @@ def test_exponentials_never_underflow(seed, kernel_size, bias_size, shown):
     hidden, kernel, bias = (jnp.asarray(rng.standard_normal(shape), np.float32) for shape in ((N, D), (D, C), C))
     bias = jnp.where(jnp.arange(C) < shown, bias * 10**bias_size, -jnp.inf)
     layer, axis = Layer(kernel * 10**kernel_size, bias), ClassAxis(1)
-    near = center(layer, axis).of(hidden)
+    near = center(layer, axis, apart=False).of(hidden)
     excess = logsumexp(np.asarray(layer.logits(hidden), float) - np.asarray(near, float), axis=1) - np.log(C)
     assert (excess >= -0.5 - 1e-4 * (1.0 + np.abs(near[:, 0]))).all()
 
@@ -217,7 +220,7 @@ def test_sums_are_relative_to_any_number():
     """What the loss is made of does not depend on the reference."""
     hidden, kernel, labels = draw()
     axis = ClassAxis(1)
-    sums, _ = _sums(Layer(kernel, None), center(Layer(kernel, None), axis), hidden, labels, axis, None)
+    sums, _ = _sums(Layer(kernel, None), center(Layer(kernel, None), axis, apart=False), hidden, labels, axis, None)
     assert isinstance(sums, LabelSums)
     shift = 10.0 * np.random.default_rng(1).standard_normal((N, 1))
     logits = np.asarray(hidden, float) @ np.asarray(kernel, float)
