@@ -226,10 +226,9 @@ def _sums(
     # A loop, which updates exponentials in place, where a condition would copy them.
     # What is infinite or NaN is too far, too.
     r, none = near.of(x), vary(jnp.int32(0), x)
-    if near.apart:
-        state = jax.lax.while_loop(unsure, again, relative_to(r, x, none, last=True))
-    elif unseen_parts(x) > 1:  # automatic sharding cannot split what is empty
-        state = jax.lax.while_loop(unsure, attempt, relative_to(r, x, none, last=False))
+    if near.apart or unseen_parts(x) > 1:  # automatic sharding cannot split what is empty
+        first = relative_to(r, x, none, last=near.apart)
+        state = jax.lax.while_loop(unsure, again if near.apart else attempt, first)
     else:
         of_label, e = vary(r, y), None
         if stored is not None:
