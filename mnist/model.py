@@ -54,8 +54,14 @@ class Conv(nnx.Module):
 
 
 def product(layer: Layer, x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """Multiply every patch of images (N, H, W, inputs) by the kernel (size² inputs, channels)."""
-    return patches(x, layer.size, layer.stride) @ kernel
+    """Multiply every patch of images (N, H, W, inputs) by the kernel (size² inputs, channels).
+
+    As a product of two matrices, the second lying across: so it and the kernel's gradient, which lies as the matrix
+    does, take a CPU the least time.
+    """
+    seen = patches(x, layer.size, layer.stride)
+    rows = seen.reshape(-1, seen.shape[-1])
+    return jnp.einsum("rk,ck->rc", rows, kernel.T).reshape(*seen.shape[:-1], -1)
 
 
 def convolution(layer: Layer, x: jax.Array, kernel: jax.Array) -> jax.Array:
