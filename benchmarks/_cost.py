@@ -40,14 +40,16 @@ class Kernel(NamedTuple):
     instruction: Instruction
     bytes: int
     flops: int
+    wide: int  # of these, of products of float32
     times: int
 
 
 class Chip(NamedTuple):
-    """Of one JAX device: FLOPs of bfloat16 products and bytes of its memory, a second."""
+    """Of one JAX device: FLOPs of products and bytes of its memory, a second."""
 
-    flops: float
+    flops: float  # of bfloat16
     bytes: float
+    wide: float = 1.0  # how often as long products of float32 take, rounded as JAX does by default
 
 
 # From the vendors' data sheets. A TPU v7x has two devices.
@@ -56,13 +58,15 @@ CHIPS = {
     "v5p": Chip(459e12, 2765e9),
     "v6e": Chip(918e12, 1640e9),
     "v7x": Chip(1153e12, 3690e9),
-    "h100": Chip(989e12, 3350e9),
+    "h100": Chip(989e12, 3350e9, wide=2.0),
 }
 
 
 def seconds(kernels: list[Kernel], chip: Chip) -> float:
     """Of all kernels one after the other, each as fast as its products or its bytes allow."""
-    return sum(k.times * max(k.flops / chip.flops, k.bytes / chip.bytes) for k in kernels)
+    return sum(
+        k.times * max((k.flops + (chip.wide - 1.0) * k.wide) / chip.flops, k.bytes / chip.bytes) for k in kernels
+    )
 
 
 def total_bytes(kernels: list[Kernel]) -> int:
@@ -73,8 +77,8 @@ def total_bytes(kernels: list[Kernel]) -> int:
 def kernels_of(text: str, steps: int = 1) -> list[Kernel]:
     """All kernels of a program, where data are not extreme and all tokens count.
 
-    Loops whose length depends on data take so many steps, jaxent's attempts at a loss one, and loops inside of those
-    none: further attempts. Where all tokens can be taken at once, they are.
+    Loops whose length depends on data take so many steps, jaxent's attempts at a loss one, and further attempts none.
+    Where all tokens can be taken at once, they are.
     """
     program, entry = _parse(text)
     return list(_walk(program, entry, 1, steps))
@@ -114,7 +118,7 @@ def _walk(program: dict[str, list[Instruction]], name: str, times: int, steps: i
         if i.operation == "while":
             known = re.search(r'known_trip_count"?:\s*\{"?n"?:"?(\d+)', i.rest)
             count = int(known[1]) if known else _bound(program[called["condition"]])
-            count = 1 if "attempts/while" in i.rest else count
+            count = 1 if "attempts/while" in i.rest else 0 if "again/while" in i.rest else count
             yield from _walk(program, called["body"], times * (steps if count is None else count), 0)
         elif i.operation == "call":
             yield from _walk(program, called["to_apply"], times, steps)
@@ -126,8 +130,7 @@ def _walk(program: dict[str, list[Instruction]], name: str, times: int, steps: i
             yield from costs[-1 if branches else 0] if "at_once/cond" in i.rest else max(costs, key=total_bytes)
         elif times:
             fused = program[called["calls"]] if i.operation == "fusion" else None
-            flops = _flops(program, fused or [i], body)
-            yield Kernel(i, _bytes(program, i, body, fused), flops, times)
+            yield Kernel(i, _bytes(program, i, body, fused), *_flops(program, fused or [i], body), times)
 
 
 def _bound(condition: list[Instruction]) -> int | None:
@@ -211,27 +214,41 @@ def _in_slow_memory(result: str, root: str) -> int:
     return array_bytes(found[0]) if found else array_bytes(root)
 
 
-def _flops(program: dict[str, list[Instruction]], body: list[Instruction], around: dict[str, Instruction]) -> int:
-    """Of the matrix products in a kernel."""
+def _flops(
+    program: dict[str, list[Instruction]], body: list[Instruction], around: dict[str, Instruction]
+) -> tuple[int, int]:
+    """Of the matrix products in a kernel, and of those of float32 among them."""
     kinds = {name: i.kind for name, i in around.items()} | {i.name: i.kind for i in body}
-    total = 0
+    total = wide = 0
     for i in body:
         if i.operation in ("fusion", "call"):
             called = re.search(r"(?:calls|to_apply)=%?([\w.\-]+)", i.rest)
-            total += _flops(program, program[called[1]], {}) if called and called[1] in program else 0
-        if i.operation not in ("convolution", "dot"):
-            continue
-        left = _sizes(kinds[i.operands[0]])
-        if i.operation == "dot":
-            axes = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", i.rest)
-            contracted = math.prod(left[int(axis)] for axis in axes[1].split(",")) if axes else 1
-        else:
-            labels = re.search(r"dim_labels=(\w+)_", i.rest)
-            window = re.search(r"window=\{size=([\dx]+)", i.rest)
-            contracted = left[labels[1].index("f")] if labels else 1
-            contracted *= math.prod(map(int, window[1].split("x"))) if window else 1
-        total += 2 * math.prod(_sizes(i.kind)) * contracted
-    return total
+            if called and called[1] in program:
+                inside = _flops(program, program[called[1]], {})
+                total, wide = total + inside[0], wide + inside[1]
+        flops = _product_flops(i, [kinds.get(name, "") for name in i.operands])
+        total += flops
+        wide += flops if flops and kinds[i.operands[0]].startswith("f32") else 0
+    return total, wide
+
+
+def _product_flops(i: Instruction, kinds: list[str]) -> int:
+    """Of an instruction with such operands."""
+    if i.operation == "custom-call" and "jaxent_product" in i.rest:  # of the two matrices among them
+        (features, classes), (tokens, _) = (size for size in map(_sizes, kinds) if len(size) == 2)
+        return 2 * tokens * features * classes
+    if i.operation not in ("convolution", "dot"):
+        return 0
+    left = _sizes(kinds[0])
+    if i.operation == "dot":
+        axes = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", i.rest)
+        contracted = math.prod(left[int(axis)] for axis in axes[1].split(",")) if axes else 1
+    else:
+        labels = re.search(r"dim_labels=(\w+)_", i.rest)
+        window = re.search(r"window=\{size=([\dx]+)", i.rest)
+        contracted = left[labels[1].index("f")] if labels else 1
+        contracted *= math.prod(map(int, window[1].split("x"))) if window else 1
+    return 2 * math.prod(_sizes(i.kind)) * contracted
 
 
 def _sizes(kind: str) -> list[int]:

@@ -37,8 +37,11 @@ class ClassAxis:
 
     def max(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
         """Largest entry of each row; -inf if there are no classes."""
-        m = jnp.max(x, self.index, keepdims=True, initial=-jnp.inf)
-        return jax.lax.pmax(m, self.names) if self.names else m
+        return self.largest(jnp.max(x, self.index, keepdims=True, initial=-jnp.inf))
+
+    def largest(self, of_part: Float[Array, "..."]) -> Float[Array, "..."]:
+        """The largest of what each part has found by itself."""
+        return jax.lax.pmax(of_part, self.names) if self.names else of_part
 
     def sum(self, x: Num[Array, "..."] | Bool[Array, "..."]) -> Num[Array, "..."]:
         """Sum over all classes."""
@@ -58,14 +61,16 @@ class ClassAxis:
 
     def one_hot(self, index: Integer[Array, "..."], x: Array | jax.ShapeDtypeStruct) -> Bool[Array, "..."]:
         """Mask of the shape of `x`, True at class `index`; nowhere if that lies in another part, or in none."""
-        first = jax.lax.axis_index(self.names) * x.shape[self.index] if self.names else 0
         position = jax.lax.broadcasted_iota(index.dtype, x.shape, self.index)
-        return position == self.expand(index - first)
+        return position == self.expand(index - self.start(x))
+
+    def start(self, x: Array | jax.ShapeDtypeStruct) -> Integer[Array, ""] | int:
+        """The first class of this part."""
+        return jax.lax.axis_index(self.names) * x.shape[self.index] if self.names else 0
 
     def first(self, mask: Bool[Array, "..."]) -> Integer[Array, "..."]:
         """The first class of each row where `mask` is True, which it is somewhere."""
-        first = jax.lax.axis_index(self.names) * mask.shape[self.index] if self.names else 0
-        position = first + jax.lax.broadcasted_iota(jnp.int32, mask.shape, self.index)
+        position = self.start(mask) + jax.lax.broadcasted_iota(jnp.int32, mask.shape, self.index)
         classes: Any = self.size(mask)
         # The largest of floats is found in the pass that adds up others, where they can tell all classes apart.
         dtype = jnp.float32 if isinstance(classes, int) and classes <= 2**24 else jnp.int32

@@ -28,13 +28,13 @@ from ._class_axis import ClassAxis, vary
 from ._cross_entropy import Added, LossOptions, LossStats, Mixture, mixture, read_target, scale_of, told
 from ._distillation import Divergence, divergences, divergences_and_gradient
 from ._entropy import entropies, entropies_and_gradient
+from ._kernels.product import Layer, fits
 from ._label_loss import How, is_easily_underflown, is_perturbed, mixed, unmoved
 from ._linear import inner, linear, times
 from ._nll import Scale, counting, read_labels
 from ._product_divergence import Pair, Tokens, product_divergences_and_gradients
 from ._product_loss import (
     Center,
-    Layer,
     center,
     dtype_of_exponentials,
     lies_by_class,
@@ -414,8 +414,10 @@ def _sweep(
     in_caches, fused = (partial(sweep, options, wanted) for sweep in (_sweep_in_caches, _sweep_fused))
     if options.loss.implementation == "xla":
         return fused(arrays, scale, counts)
-    gpu = partial(fused, holds_logits=True)
-    return jax.lax.platform_dependent(arrays, scale, counts, cpu=in_caches, cuda=gpu, rocm=gpu, default=fused)
+    rocm = cuda = partial(fused, holds_logits=True)
+    if arrays.hidden.dtype == arrays.kernel.dtype == jnp.bfloat16:
+        cuda = partial(rocm, has_kernels=True)
+    return jax.lax.platform_dependent(arrays, scale, counts, cpu=in_caches, cuda=cuda, rocm=rocm, default=fused)
 
 
 def _counts(options: Options, arrays: Arrays, live: _Live) -> _Live:
@@ -450,8 +452,12 @@ def _sweep_fused(
     counts: _Live,
     *,
     holds_logits: bool = False,
+    has_kernels: bool = False,
 ) -> tuple[Float[Array, "tokens ..."], _Known | None, _Gradients]:
-    """Where a product can leave its accumulator as exponentials, unless the compiler `holds_logits` all the same."""
+    """Where a product can leave its accumulator as exponentials, unless the compiler `holds_logits` all the same.
+
+    Then there may be kernels that do not, of gradients that are `scaled`.
+    """
     if options.divergence is not None and _can_cut_classes(arrays):
         return _walk_twice(options, options.divergence, wanted, arrays, scale, counts, holds_logits=holds_logits)
     tokens, features = arrays.hidden.shape
@@ -466,26 +472,69 @@ def _sweep_fused(
     way = "logits" if not (any_kernel and plain) else "scaled" if scalable else "fused"
     stored = operand if way == "logits" else _dtype_of_exponentials(wanted, arrays)
     wide = _compute_dtype(arrays).itemsize
-    held = stored.itemsize / wide, *((1.0,) if holds_logits or way == "logits" else ())
+    whole = _in_whole_words(options, arrays) if has_kernels and way == "scaled" else None
+    has_logits = way == "logits" or (holds_logits and whole is None)
+    held = stored.itemsize / wide, *((1.0,) if has_logits else ())
     gradient = arrays.kernel.dtype.itemsize / wide if wanted[1] else None
     size = chunk_size_for_memory(tokens, features, held, parts, gradient=gradient)
     by_class = not holds_logits and lies_by_class(*arrays.kernel.shape)
     machine = {"by_class": by_class, "apart": holds_logits}
-    loop = partial(_loop, options, way, wanted=wanted, arrays=arrays, scale=scale, **machine)
+
+    def loop(chunks: Chunks) -> tuple[Float[Array, "tokens ..."], _Known | None, _Gradients]:
+        if whole is None:
+            return _loop(options, way, chunks, wanted, arrays, scale, **machine)
+        losses, known, found = _loop(options, way, chunks, wanted, whole(), scale, **machine)
+        of = zip(found, (arrays.hidden, arrays.kernel, arrays.bias, None), strict=True)
+        return losses, known, _Gradients(*(None if g is None or x is None else g[..., : x.shape[-1]] for g, x in of))
+
     chunks = _chunks(options, arrays, counts, size, skip=True)
     more = options.entropy or options.divergence is not None  # is held beside the logits
     if options.chunk_size or more or not fit_at_once(tokens, features, sum(held)):
         return loop(chunks)
-    whole = strided_chunks(tokens, tokens, counts)
+    at_once = strided_chunks(tokens, tokens, counts)
     if counts is None or parts > 1:
-        return loop(whole)
+        return loop(at_once)
     if tokens > ENOUGH:  # a second program would be compiled for little
         return loop(chunks)
     # Where every chunk is needed, none is skipped. Without barriers gradients would be converted after the branches,
     # which would return them wide.
-    branches = (lambda chunks=chunks: jax.lax.optimization_barrier(loop(chunks)) for chunks in (whole, chunks))
+    branches = (lambda chunks=chunks: jax.lax.optimization_barrier(loop(chunks)) for chunks in (at_once, chunks))
     with jax.named_scope("at_once"):
         return jax.lax.cond(everywhere(chunks.steps == -(-tokens // chunks.size)), *branches)
+
+
+def _in_whole_words(options: Options, arrays: Arrays) -> Callable[[], Arrays] | None:
+    """What makes them such that a GPU's kernels can serve, if that can be, with classes that have no probability.
+
+    For numbers of classes that are no multiple of 8 a GPU's own products, too, would copy what they multiply.
+    """
+    classes: Any = arrays.kernel.shape[1]
+    features = arrays.hidden.shape[1]
+    if fits(features, classes):
+        return lambda: arrays
+    # Hidden by their bias, which a scale might turn around.
+    if (
+        not isinstance(classes, int)
+        or not fits(features, 8)
+        or options.classes.names
+        or arrays.logit_scale is not None
+    ):
+        return None
+    more = -classes % 8
+
+    def longer(x: Array, value: float) -> Array:
+        return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, more)], constant_values=value)
+
+    def made() -> Arrays:
+        bias = jnp.zeros(classes, _compute_dtype(arrays)) if arrays.bias is None else arrays.bias
+        return arrays._replace(
+            kernel=longer(arrays.kernel, 0.0),
+            bias=longer(bias, -jnp.inf),
+            weight=None if arrays.weight is None else longer(arrays.weight, 0.0),
+            labels=jnp.where(arrays.labels >= classes, classes + more, arrays.labels),
+        )
+
+    return made
 
 
 def _loop(
@@ -563,21 +612,23 @@ def _loop(
         return of_tokens, _Gradients(of_hidden, of_kernel, of_bias, of_scale)
 
     once = near is not None and isinstance(chunks.steps, int) and chunks.steps == 1
+    # The first step apart is a second program, of which a GPU's compiler makes no more than a few kernels.
+    apart_first = once or (way == "scaled" and bool(tokens))
     zero = vary(jnp.zeros((), dtype), *jax.tree.leaves((arrays, scale)))
     nothing = chunks.spread(jnp.broadcast_to(options.classes.total(zero), rows))
     start = (
         (nothing, _Known(nothing, nothing.astype(jnp.int32)) if options.loss.stats else None),
         _Gradients(
             chunks.spread(jnp.broadcast_to(zero, hidden.shape)) if wanted[0] else None,
-            jnp.broadcast_to(zero, arrays.kernel.shape) if wanted[1] and not once else None,
+            jnp.broadcast_to(zero, arrays.kernel.shape) if wanted[1] and not apart_first else None,
             jnp.broadcast_to(zero, arrays.kernel.shape[1]) if wanted[2] else None,
             zero if wanted[3] else None,
         ),
     )
-    if once:
-        of_tokens, gradients = step(0, start)
-    else:  # Without tokens nothing can be indexed, even in a loop of no steps.
-        of_tokens, gradients = jax.lax.fori_loop(0, chunks.steps, step, start) if tokens else start
+    begun = step(0, start) if apart_first else start
+    if tokens and not once:  # Without tokens nothing can be indexed, even in a loop of no steps.
+        begun = jax.lax.fori_loop(int(apart_first), chunks.steps, step, begun)
+    of_tokens, gradients = begun
     if gradients.hidden is not None:
         gradients = gradients._replace(hidden=chunks.gather(gradients.hidden))
     if largest is not None:

@@ -19,8 +19,8 @@ from ._chunks import ENOUGH, Chunks, block_of_classes, packed_chunks, strided_ch
 from ._class_axis import ClassAxis, vary
 from ._class_blocks import RowFunction, of_classes, row_values
 from ._distillation import Divergence, divergences, gradient_of_student
+from ._kernels.product import Layer
 from ._label_loss import is_easily_underflown
-from ._product_loss import Layer
 
 
 class Pair(NamedTuple):

@@ -10,7 +10,6 @@ so nothing that counts underflows. It would overflow where a logit is some 60 ab
 more, relative to the maximum.
 """
 
-from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import jax
@@ -22,44 +21,10 @@ from ._chunks import everywhere, unseen_parts
 from ._class_axis import ClassAxis, vary
 from ._kernels import compute_dtype
 from ._kernels.label_sums import LabelSums, label_gradient, label_rows
+from ._kernels.product import Layer, Sums, product_maxima, product_sums, sums
 
 Row = Float[Array, " tokens"]
 _ROOM = 1e12  # for factors, for reciprocals, which are no normal numbers before sums are infinite, and for rounding
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class Layer:
-    """What makes logits of hidden states."""
-
-    weight: Float[Array, "features classes"] | Float[Array, "classes features"]
-    bias: Float[Array, " classes"] | None
-    scale: Float[Array, ""] | None = None
-    by_class: bool = field(default=False, metadata={"static": True})  # a row of `weight` is a class
-
-    @property
-    def kernel(self) -> Float[Array, "features classes"]:
-        """What multiplies hidden states."""
-        # Behind a barrier, or it is the transpose that a loop takes.
-        return jax.lax.optimization_barrier(self.weight).T if self.by_class else self.weight
-
-    def logits(self, x: Float[Array, "tokens features"]) -> Float[Array, "tokens classes"]:
-        """`scale * (x @ kernel + bias)`, accumulated in at least float32."""
-        return self.scaled(self.unscaled(x))
-
-    def unscaled(self, x: Float[Array, "tokens features"]) -> Float[Array, "tokens classes"]:
-        """`x @ kernel + bias`."""
-        dtype = compute_dtype(x.dtype)
-        logits = jax.lax.dot_general(x, self.kernel, (((1,), (0,)), ((), ())), preferred_element_type=dtype)
-        return logits if self.bias is None else logits + self.bias.astype(dtype)[None]
-
-    def scaled(self, x: Array) -> Array:
-        """`scale * x`."""
-        return x if self.scale is None else self.scale * x
-
-    def shape(self, x: Float[Array, "tokens features"]) -> jax.ShapeDtypeStruct:
-        """Of `logits`."""
-        return jax.ShapeDtypeStruct((x.shape[0], self.kernel.shape[1]), compute_dtype(x.dtype))
 
 
 class Center(NamedTuple):
@@ -151,7 +116,7 @@ def product_losses_and_scaled_gradient(
     least = jnp.finfo(a.dtype).eps * a  # about the rounding of the sum, which is divided by
     scale = jnp.where(jnp.abs(a + shared) < jnp.abs(least), least, a + shared)
     of_label = jnp.where(scale == 0.0, 0.0, (shared * own - a * others) / scale)
-    first = jax.lax.axis_index(axis.names) * e.shape[1] if axis.names else 0
+    first = axis.start(e)
     here = counts & (y >= first) & (y < first + e.shape[1])
     place = jnp.arange(len(y)), jnp.where(here, y - first, 0)
     e = e.at[place].set(jnp.where(here, of_label.astype(stored), e[place]), unique_indices=True)
@@ -194,18 +159,17 @@ def _sums(
     a row that does not count, where that is said to them, no exponential is infinite or NaN.
     """
 
-    def relative_to(
-        reference: Array, x: Array, tries: Integer[Array, ""], counts: Array | None = None, *, last: bool
-    ) -> _State:
+    def from_logits(reference: Array, x: Array, tries: Integer[Array, ""]) -> _State:
         logits = layer.logits(x)
-        d = logits - reference
-        label, e, classes = axis.one_hot(y, d), jnp.exp(d), axis.size(d)
-        of_label = jnp.where(axis.expand(y < classes), axis.sum(jnp.where(label, d, 0.0)), jnp.nan)
-        sums = LabelSums(reference, of_label, axis.sum(jnp.where(label, 0.0, e)), axis.sum(d) / max(classes, 1))
-        e = e if counts is None else jnp.where(axis.expand(counts), e, 0.0)
-        # Behind a barrier, or the compiler would keep logits in float32 instead.
-        e = None if stored is None else jax.lax.optimization_barrier(e.astype(stored))
-        return _State(sums, e, None if last else axis.max(logits), tries + 1)
+        return found(reference, sums(logits, reference, here, None, stored), axis.max(logits), tries)
+
+    def from_product(reference: Array, x: Array, tries: Integer[Array, ""], counts: Array | None) -> _State:
+        return found(reference, product_sums(layer, x, reference, here, counts, stored=stored), None, tries)
+
+    def found(reference: Array, of_part: Sums, maximum: Array | None, tries: Integer[Array, ""]) -> _State:
+        own, others, total = map(axis.total, of_part[:3])
+        own = jnp.where(axis.expand(y < classes), own, jnp.nan)
+        return _State(LabelSums(reference, own, others, total / max(classes, 1)), of_part.e, maximum, tries + 1)
 
     def unsure(state: _State) -> Bool[Array, ""]:
         d = jnp.where(axis.expand(y < 0), -jnp.inf, state.sums.d)
@@ -216,19 +180,21 @@ def _sums(
     # Behind barriers, or the compiler would make the logits that are the same each time once, and keep them.
     def attempt(state: _State) -> _State:
         known, reference = jax.lax.optimization_barrier((x, state.maximum))
-        return relative_to(reference, known, state.tries, last=False)
+        return from_logits(reference, known, state.tries)
 
     def again(state: _State) -> _State:
         known, tries = jax.lax.optimization_barrier((x, state.tries))
-        known, maximum = jax.lax.optimization_barrier((known, axis.max(layer.logits(known))))
-        return relative_to(maximum, known, tries, counts, last=True)
+        known, maximum = jax.lax.optimization_barrier((known, axis.largest(product_maxima(layer, known))))
+        return from_product(maximum, known, tries, counts)
 
+    here, classes = y - axis.start(layer.shape(x)), axis.size(layer.shape(x))
     # A loop, which updates exponentials in place, where a condition would copy them.
     # What is infinite or NaN is too far, too.
     r, none = near.of(x), vary(jnp.int32(0), x)
     if near.apart or unseen_parts(x) > 1:  # automatic sharding cannot split what is empty
-        first = relative_to(r, x, none, last=near.apart)
-        state = jax.lax.while_loop(unsure, again if near.apart else attempt, first)
+        first = from_product(r, x, none, None) if near.apart else from_logits(r, x, none)
+        with jax.named_scope("again"):
+            state = jax.lax.while_loop(unsure, again if near.apart else attempt, first)
     else:
         of_label, e = vary(r, y), None
         if stored is not None:

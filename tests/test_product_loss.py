@@ -13,7 +13,8 @@ from scipy.special import log_softmax, logsumexp
 from jaxent import _linear_cross_entropy, _linear_losses, linear_cross_entropy
 from jaxent._class_axis import ClassAxis
 from jaxent._kernels.label_sums import LabelSums, label_rows
-from jaxent._product_loss import Layer, _sums, center
+from jaxent._kernels.product import Layer
+from jaxent._product_loss import _sums, center
 
 pytestmark = pytest.mark.more(cases=1)
 
@@ -239,9 +240,9 @@ def test_all_at_once_where_no_chunk_could_be_skipped(live, sizes, monkeypatch):
     """Below vmap, too, one of the two programs runs; values and gradients are those of the tokens that count."""
     ran, loop, losses = set(), _linear_losses._loop, _linear_losses.linear_losses.__wrapped__
 
-    def spy(options, way, chunks, **rest):
+    def spy(options, way, chunks, *rest, **how):
         jax.debug.callback(lambda: ran.add(chunks.size))
-        return loop(options, way, chunks, **rest)
+        return loop(options, way, chunks, *rest, **how)
 
     monkeypatch.setattr(_linear_losses, "_loop", spy)
     anew = jax.jit(lambda arrays, weight, options: losses(arrays, weight, options), static_argnums=2)

@@ -151,7 +151,11 @@ def _rule(
     else:
         module = importlib.import_module(machine.module)
         why_not = None if hasattr(module, name) else f"it has no {name}"
-        why_not = why_not or _not_here(context, axis) or module.refusal(name, *context.avals_in, axis=axis, **options)
+        why_not = (
+            why_not
+            or refusal_of_place(context, axis)
+            or module.refusal(name, *context.avals_in, axis=axis, **options)
+        )
         if why_not is None and implementation is None and hasattr(module, "unasked"):
             why_not = module.unasked(name, *context.avals_in, axis=axis, **options)
     if why_not is None:
@@ -170,7 +174,7 @@ def lower_kernel(kernel: Callable[..., Any], context: mlir.LoweringRuleContext, 
     return mlir.lower_fun(served)(context, *arrays)
 
 
-def _not_here(context: mlir.LoweringRuleContext, axis: ClassAxis) -> str | None:
+def refusal_of_place(context: mlir.LoweringRuleContext, axis: ClassAxis) -> str | None:
     """Why no kernel serves in this program, which a compiler might have to cut or to keep."""
     if axis.names:
         return "the class axis is sharded"

@@ -1,0 +1,152 @@
+"""Sums of exponentials of logits that are a matrix product, and the exponentials, of classes that lie on one device.
+
+Each function is a JAX primitive, as the row functions are, so that a GPU's lowering can take a kernel that never
+writes logits.
+"""
+
+import importlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.extend.core import Primitive
+from jax.interpreters import batching, mlir
+from jax.typing import DTypeLike
+from jaxtyping import Array, Bool, Float, Integer
+
+from .._class_axis import ClassAxis
+from . import refusal_of_place
+from .xla import compute_dtype
+
+_CLASSES = ClassAxis(1)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Layer:
+    """What makes logits of hidden states."""
+
+    weight: Float[Array, "features classes"] | Float[Array, "classes features"]
+    bias: Float[Array, " classes"] | None
+    scale: Float[Array, ""] | None = None
+    by_class: bool = field(default=False, metadata={"static": True})  # a row of `weight` is a class
+
+    @property
+    def kernel(self) -> Float[Array, "features classes"]:
+        """What multiplies hidden states."""
+        # Behind a barrier, or it is the transpose that a loop takes.
+        return jax.lax.optimization_barrier(self.weight).T if self.by_class else self.weight
+
+    def logits(self, x: Float[Array, "tokens features"]) -> Float[Array, "tokens classes"]:
+        """`scale * (x @ kernel + bias)`, accumulated in at least float32."""
+        return self.scaled(self.unscaled(x))
+
+    def unscaled(self, x: Float[Array, "tokens features"]) -> Float[Array, "tokens classes"]:
+        """`x @ kernel + bias`."""
+        dtype = compute_dtype(x.dtype)
+        logits = jax.lax.dot_general(x, self.kernel, (((1,), (0,)), ((), ())), preferred_element_type=dtype)
+        return logits if self.bias is None else logits + self.bias.astype(dtype)[None]
+
+    def scaled(self, x: Array) -> Array:
+        """`scale * x`."""
+        return x if self.scale is None else self.scale * x
+
+    def shape(self, x: Float[Array, "tokens features"]) -> jax.ShapeDtypeStruct:
+        """Of `logits`."""
+        return jax.ShapeDtypeStruct((x.shape[0], self.kernel.shape[1]), compute_dtype(x.dtype))
+
+
+class Sums(NamedTuple):
+    """Of some classes, relative to a number for each token."""
+
+    label: Float[Array, "tokens 1"]  # its logit; 0 where it is not one of them
+    others: Float[Array, "tokens 1"]  # exponentials of all but the label
+    total: Float[Array, "tokens 1"]  # of the logits
+    e: Float[Array, "tokens classes"] | None  # the exponentials themselves, 0 where a token does not count
+
+
+def sums(
+    logits: Float[Array, "tokens classes"],
+    reference: Float[Array, "tokens 1"],
+    y: Integer[Array, " tokens"],
+    counts: Bool[Array, " tokens"] | None,
+    stored: DTypeLike | None,
+) -> Sums:
+    """Of logits that there are; exponentials if they are to be `stored`. `y` counts from the first class here."""
+    d = logits - reference
+    label, e = _CLASSES.one_hot(y, d), jnp.exp(d)
+    of_label, others = _CLASSES.sum(jnp.where(label, d, 0.0)), _CLASSES.sum(jnp.where(label, 0.0, e))
+    e = e if counts is None else jnp.where(_CLASSES.expand(counts), e, 0.0)
+    # Behind a barrier, or the compiler would keep logits in float32 instead.
+    e = None if stored is None else jax.lax.optimization_barrier(e.astype(stored))
+    return Sums(of_label, others, _CLASSES.sum(d), e)
+
+
+def _plain_sums(layer: Layer, x: Array, reference: Array, y: Array, counts: Any, *, stored: Any) -> Sums:
+    return sums(layer.logits(x), reference, y, counts, stored)
+
+
+def _plain_maxima(layer: Layer, x: Array) -> Float[Array, "tokens 1"]:
+    return _CLASSES.max(layer.logits(x))
+
+
+KERNELS = {"cuda": "jaxent._kernels.gpu_product"}  # by platform: functions of the same names and arguments
+
+
+def fits(*sizes: Any) -> bool:
+    """Whether a kernel can serve so many features or classes of bfloat16: they fill words of 16 bytes."""
+    return all(isinstance(n, int) and n and n % 8 == 0 for n in sizes)
+
+
+def _function(name: str, plain: Callable[..., Any]) -> Callable[..., Any]:
+    """`plain` as a primitive of the leaves of its arguments."""
+    primitive = Primitive(f"jaxent_product_{name}")
+    primitive.multiple_results = True
+
+    def form(f: Callable[..., Any], *leaves: Any, tree: Any, batches: Sequence[Any], **options: Any) -> Any:
+        def run(*leaves: Any) -> tuple[Any, ...]:
+            return tuple(jax.tree.leaves(f(*jax.tree.unflatten(tree, leaves), **options)))
+
+        for dims in batches:
+            run = jax.vmap(run, dims)
+        return run(*leaves)
+
+    def abstract(*avals: Any, **params: Any) -> Any:
+        return jax.make_jaxpr(partial(form, plain, **params))(*avals).out_avals
+
+    def batched(leaves: Any, dims: Any, *, batches: Sequence[Any], **params: Any) -> Any:
+        out = primitive.bind(*leaves, batches=(*batches, tuple(dims)), **params)
+        return out, [0] * len(out)
+
+    def lower(context: mlir.LoweringRuleContext, *leaves: Any, **params: Any) -> Any:
+        platforms = context.platforms or context.module_context.platforms
+        module = KERNELS.get(platforms[0]) if len(platforms) == 1 else None
+        if module is None or refusal_of_place(context, _CLASSES):
+            return mlir.lower_fun(partial(form, plain))(context, *leaves, **params)
+        machine = importlib.import_module(module)
+
+        def chosen(layer: Layer, x: Array, *others: Any, **options: Any) -> Any:
+            f = getattr(machine, name) if machine.serves(layer, x) else plain
+            return f(layer, x, *others, **options)
+
+        return mlir.lower_fun(partial(form, chosen))(context, *leaves, **params)
+
+    primitive.def_impl(partial(form, plain))
+    primitive.def_abstract_eval(abstract)
+    batching.primitive_batchers[primitive] = batched
+    mlir.register_lowering(primitive, lower)
+
+    def bound(*arguments: Any, **options: Any) -> Any:
+        leaves, tree = jax.tree.flatten(arguments)
+        out = primitive.bind(*leaves, tree=tree, batches=(), **options)
+        shape = jax.eval_shape(partial(plain, **options), *arguments)
+        return jax.tree.unflatten(jax.tree.structure(shape), out)
+
+    return bound
+
+
+product_maxima = _function("maxima", _plain_maxima)
+product_sums = _function("sums", _plain_sums)

@@ -1,0 +1,188 @@
+"""The kernels for GPUs that make logits and never write them, interpreted on the CPU: against NumPy's float64."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import export
+from scipy.special import log_softmax, logsumexp
+
+from jaxent import _linear_cross_entropy, _linear_losses, linear_cross_entropy
+from jaxent._kernels import gpu_product, product
+from jaxent._kernels.product import Layer
+
+pytestmark = pytest.mark.more(cases=2)
+
+
+@pytest.fixture(autouse=True)
+def interpreted(monkeypatch):
+    """The CPU goes as a GPU does, in smaller blocks."""
+    monkeypatch.setattr(gpu_product, "INTERPRET", True)
+    for name, size in (("TOKENS", 16), ("CLASSES", 32), ("FEATURES", 16)):
+        monkeypatch.setattr(gpu_product, name, size)
+    monkeypatch.setitem(product.KERNELS, "cpu", gpu_product.__name__)
+    way = partial(_linear_losses._sweep_fused, holds_logits=True, has_kernels=True)
+    monkeypatch.setattr(_linear_losses, "_sweep_in_caches", way)
+    losses = _linear_losses.linear_losses.__wrapped__  # jitted anew, or what was traced before would go another way
+    anew = jax.jit(lambda arrays, weight, options: losses(arrays, weight, options), static_argnums=2)
+    monkeypatch.setattr(_linear_cross_entropy, "linear_losses", anew)
+
+
+@pytest.fixture
+def served(monkeypatch):
+    """The shapes of kernels that the GPU's kernels have served, as programs are lowered."""
+    shapes, serves = [], gpu_product.serves
+
+    def spy(layer, x):
+        answer = serves(layer, x)
+        shapes.extend([layer.weight.shape] if answer else [])
+        return answer
+
+    monkeypatch.setattr(gpu_product, "serves", spy)
+    return shapes
+
+
+def draw(tokens, features, classes, seed=0):
+    rng = np.random.default_rng(seed)
+    hidden, kernel = (
+        jnp.asarray(rng.standard_normal(shape), jnp.bfloat16) for shape in ((tokens, features), (features, classes))
+    )
+    return hidden, kernel / 4, jnp.asarray(rng.integers(classes, size=tokens))
+
+
+@pytest.mark.parametrize("shape", [(16, 16, 32), (40, 24, 104), (7, 8, 8), (33, 40, 200)], ids=str)
+@pytest.mark.parametrize("more", [False, True], ids=["", "bias, scale"])
+@pytest.mark.parametrize("stored", [None, jnp.bfloat16, np.float32])
+def test_sums_maxima_and_exponentials(shape, more, stored):
+    hidden, kernel, y = draw(*shape)
+    rng = np.random.default_rng(1)
+    bias, scale = (rng.standard_normal(shape[2]).astype(np.float32), np.float32(-0.7)) if more else (None, None)
+    layer = Layer(kernel, bias, scale)
+    y = y.at[:4].set(jnp.array([-1, shape[2], shape[2] + 3, -100]))  # classes that there are not
+    reference = rng.standard_normal((shape[0], 1)).astype(np.float32)
+    counts = rng.random(shape[0]) < 0.7
+    x = np.asarray(hidden, float) @ np.asarray(kernel, float)
+    x = (x + bias) * scale if more else x
+    d, label = x - reference, np.arange(shape[2]) == np.asarray(y)[:, None]
+    rows = (label * d).sum(1), np.where(label, 0.0, np.exp(d)).sum(1), d.sum(1)
+    for some in (None, counts):
+        found = jax.jit(partial(gpu_product.sums, stored=stored))(layer, hidden, reference, y, some)
+        for a, b in zip(found[:3], rows, strict=True):
+            np.testing.assert_allclose(a[:, 0], b, rtol=1e-5, atol=1e-5 * np.abs(d).sum(1).max())
+        if stored is None:
+            assert found.e is None
+        else:
+            e = np.where(True if some is None else some[:, None], np.exp(d), 0.0)
+            assert found.e.dtype == stored
+            np.testing.assert_allclose(
+                np.asarray(found.e, float), e, rtol=2.0**-8 if stored == jnp.bfloat16 else 1e-5
+            )
+    np.testing.assert_allclose(jax.jit(gpu_product.maxima)(layer, hidden)[:, 0], x.max(1), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("classes", [104, 101], ids=["whole words", "a last one in part"])
+@pytest.mark.parametrize("size", [1.0, 100.0], ids=["", "large logits"])  # are made once more
+@pytest.mark.parametrize("chunk_size", [None, 20])
+@pytest.mark.parametrize("extra", ["", "bias", "weight", "z_loss", "logit_scale", "bias and weight"])
+def test_the_loss_and_its_gradients(classes, size, chunk_size, extra, served):
+    tokens, features = 50, 24
+    hidden, kernel, labels = draw(tokens, features, classes)
+    kernel *= size
+    labels = labels.at[jnp.array([3, 10, 11])].set(-100)
+    hidden = hidden.at[3].set(jnp.nan)  # of what does not count
+    rng = np.random.default_rng(1)
+    bias = rng.standard_normal(classes).astype(jnp.bfloat16) if "bias" in extra else None
+    weight = rng.random(classes).astype(np.float32) if "weight" in extra else None
+    z, scale = 0.01 if "z" in extra else 0.0, -0.5 if "scale" in extra else None
+
+    def loss(hidden, kernel, bias):
+        more = {"z_loss": z, "logit_scale": scale, "weight": weight, "chunk_size": chunk_size, "reduction": "sum"}
+        return linear_cross_entropy(hidden, kernel, labels, bias=bias, **more)
+
+    wanted = (0, 1) if bias is None else (0, 1, 2)
+    value, found = jax.jit(jax.value_and_grad(loss, wanted))(hidden, kernel, bias)
+    # A scale may be negative, so no bias hides the classes that fill the last word.
+    assert bool(served) == (classes % 8 == 0 or scale is None)
+    assert all(shape[1] == 104 for shape in served)
+
+    kept = np.asarray(labels) >= 0
+    h, w, y = np.asarray(hidden, float)[kept], np.asarray(kernel, float), np.asarray(labels)[kept]
+    x = (h @ w + (0.0 if bias is None else np.asarray(bias, float))) * (scale or 1.0)
+    v = 1.0 if weight is None else weight[y].astype(float)
+    lse, log_p = logsumexp(x, 1), log_softmax(x, 1)
+    losses = -v * log_p[np.arange(len(y)), y] + z * lse**2
+    np.testing.assert_allclose(value, losses.sum(), rtol=2e-5)
+    p = np.exp(log_p)
+    g = (v + 2 * z * lse)[:, None] * p if np.ndim(v + 2 * z * lse) else (v + 2 * z * lse) * p
+    g[np.arange(len(y)), y] -= v
+    g *= scale or 1.0
+    of_hidden = np.zeros((tokens, features))
+    of_hidden[kept] = g @ w.T
+    for a, b in zip(found, (of_hidden, h.T @ g, g.sum(0)), strict=False):
+        assert np.linalg.norm(np.asarray(a, float) - b) <= 0.01 * np.linalg.norm(b)
+
+
+def test_a_class_that_there_is_not_makes_nan(served):
+    hidden, kernel, labels = draw(20, 8, 13)
+    labels = labels.at[:3].set(jnp.array([13, 15, 16]))
+    losses = jax.jit(partial(linear_cross_entropy, reduction="none"))(hidden, kernel, labels)
+    assert served
+    np.testing.assert_array_equal(np.isnan(losses), np.arange(20) < 3)
+
+
+@pytest.mark.parametrize("in_axes", [(0, 0, 0), (0, None, 0), (None, 0, None)], ids=str)
+def test_below_vmap(in_axes, served):
+    both = [draw(20, 8, 16, seed) for seed in range(3)]
+    arrays = [both[0][i] if axis is None else jnp.stack([some[i] for some in both]) for i, axis in enumerate(in_axes)]
+    f = jax.value_and_grad(linear_cross_entropy, (0, 1))
+    found = jax.jit(jax.vmap(f, in_axes))(*arrays)
+    assert served
+    for i in range(3):
+        each = f(*(x if axis is None else x[i] for x, axis in zip(arrays, in_axes, strict=True)))
+        for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(each), strict=True):
+            np.testing.assert_allclose(np.asarray(a[i], float), np.asarray(b, float), rtol=2e-2, atol=1e-4)
+
+
+def test_second_derivatives_are_those_of_the_plain_form():
+    hidden, kernel, labels = draw(20, 8, 16)
+    direction = draw(20, 8, 16, seed=1)[1]
+
+    def curvature(**options):
+        def loss(w):
+            return linear_cross_entropy(hidden, w, labels, **options)
+
+        return jax.jvp(jax.grad(loss), (kernel,), (direction,))[1]
+
+    a, b = (np.asarray(curvature(**options), float) for options in ({}, {"implementation": "xla"}))
+    assert np.linalg.norm(a - b) <= 0.01 * np.linalg.norm(b)
+
+
+def lowered(dtype, classes=104, **options):
+    """For a GPU, as text."""
+    shapes = [((64, 8), dtype), ((8, classes), dtype), ((64,), "int32")]
+    arguments = [jax.ShapeDtypeStruct(*shape) for shape in shapes]
+    run = jax.jit(jax.value_and_grad(partial(linear_cross_entropy, **options), (0, 1)))
+    return run.trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
+
+
+def test_who_is_served_on_a_gpu(monkeypatch):
+    monkeypatch.setattr(gpu_product, "INTERPRET", False)
+    assert "jaxent_product_sums" in lowered("bfloat16")
+    assert "jaxent_product_sums" in lowered("bfloat16", classes=101)
+    # Products of float32 would be rounded, float16 has not the range, and what more is wanted needs logits.
+    for dtype, options in [
+        ("float32", {}),
+        ("float16", {}),
+        ("bfloat16", {"softcap": 30.0}),
+        ("bfloat16", {"implementation": "xla"}),
+    ]:
+        assert "jaxent_product" not in lowered(dtype, **options)
+
+
+def test_no_kernel_is_exported():
+    hidden, kernel, labels = draw(20, 8, 16)
+    f = jax.jit(jax.grad(linear_cross_entropy))
+    exported = export.export(f, platforms=["cuda"])(hidden, kernel, labels)
+    assert "jaxent_product" not in exported.mlir_module()
