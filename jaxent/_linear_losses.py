@@ -578,6 +578,11 @@ def _loop(
 
     if way == "differentiable":
         products = jax.checkpoint(products)
+    once = near is not None and isinstance(chunks.steps, int) and chunks.steps == 1
+    # The first step apart is a second program, of which a GPU's compiler makes no more than a few kernels.
+    apart_first = once or (way == "scaled" and bool(tokens))
+    if apart_first and not once:
+        products = jax.jit(products)  # is traced once
     rows = options.rows(tokens)
     by_token = jax.tree.map(chunks.spread, (hidden, labels, jnp.ones(rows, dtype) if scale is None else scale))
 
@@ -611,9 +616,6 @@ def _loop(
         of_tokens = jax.tree.map(put, of_tokens, (loss, jax.lax.stop_gradient(known)))
         return of_tokens, _Gradients(of_hidden, of_kernel, of_bias, of_scale)
 
-    once = near is not None and isinstance(chunks.steps, int) and chunks.steps == 1
-    # The first step apart is a second program, of which a GPU's compiler makes no more than a few kernels.
-    apart_first = once or (way == "scaled" and bool(tokens))
     zero = vary(jnp.zeros((), dtype), *jax.tree.leaves((arrays, scale)))
     nothing = chunks.spread(jnp.broadcast_to(options.classes.total(zero), rows))
     start = (

@@ -164,7 +164,7 @@ def _sums(
         return found(reference, sums(logits, reference, here, None, stored), axis.max(logits), tries)
 
     def from_product(reference: Array, x: Array, tries: Integer[Array, ""], counts: Array | None) -> _State:
-        return found(reference, product_sums(layer, x, reference, here, counts, stored=stored), None, tries)
+        return found(reference, product_sums(layer, x, reference, here, counts, stored), None, tries)
 
     def found(reference: Array, of_part: Sums, maximum: Array | None, tries: Integer[Array, ""]) -> _State:
         own, others, total = map(axis.total, of_part[:3])

@@ -7,7 +7,7 @@ writes logits.
 import importlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import jax
@@ -114,6 +114,7 @@ def _function(name: str, plain: Callable[..., Any]) -> Callable[..., Any]:
             run = jax.vmap(run, dims)
         return run(*leaves)
 
+    @cache  # several programs trace the same
     def abstract(*avals: Any, **params: Any) -> Any:
         return jax.make_jaxpr(partial(form, plain, **params))(*avals).out_avals
 
@@ -139,14 +140,30 @@ def _function(name: str, plain: Callable[..., Any]) -> Callable[..., Any]:
     batching.primitive_batchers[primitive] = batched
     mlir.register_lowering(primitive, lower)
 
-    def bound(*arguments: Any, **options: Any) -> Any:
+    def bound(*arguments: Any, **options: Any) -> list[Any]:
         leaves, tree = jax.tree.flatten(arguments)
-        out = primitive.bind(*leaves, tree=tree, batches=(), **options)
-        shape = jax.eval_shape(partial(plain, **options), *arguments)
-        return jax.tree.unflatten(jax.tree.structure(shape), out)
+        return primitive.bind(*leaves, tree=tree, batches=(), **options)
 
     return bound
 
 
-product_maxima = _function("maxima", _plain_maxima)
-product_sums = _function("sums", _plain_sums)
+_maxima = _function("maxima", _plain_maxima)
+_sums = _function("sums", _plain_sums)
+
+
+def product_maxima(layer: Layer, x: Float[Array, "tokens features"]) -> Float[Array, "tokens 1"]:
+    """The largest logit of each token."""
+    return _maxima(layer, x)[0]
+
+
+def product_sums(
+    layer: Layer,
+    x: Float[Array, "tokens features"],
+    reference: Float[Array, "tokens 1"],
+    y: Integer[Array, " tokens"],
+    counts: Bool[Array, " tokens"] | None,
+    stored: DTypeLike | None,
+) -> Sums:
+    """`sums` of their logits."""
+    own, others, total, *e = _sums(layer, x, reference, y, counts, stored=stored)
+    return Sums(own, others, total, e[0] if e else None)
