@@ -497,8 +497,9 @@ def _sweep_fused(
     if tokens > ENOUGH:  # a second program would be compiled for little
         return loop(chunks)
     # Where every chunk is needed, none is skipped. Without barriers gradients would be converted after the branches,
-    # which would return them wide.
-    branches = (lambda chunks=chunks: jax.lax.optimization_barrier(loop(chunks)) for chunks in (at_once, chunks))
+    # which would return them wide; one for all would make them vary over the same axes of a mesh.
+    barred = partial(jax.tree.map, jax.lax.optimization_barrier)
+    branches = (lambda chunks=chunks: barred(loop(chunks)) for chunks in (at_once, chunks))
     with jax.named_scope("at_once"):
         return jax.lax.cond(everywhere(chunks.steps == -(-tokens // chunks.size)), *branches)
 

@@ -17,7 +17,8 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jaxent
-from jaxent._kernels import native
+from jaxent import _linear_cross_entropy, _linear_losses
+from jaxent._kernels import gpu_product, native, product
 
 pytestmark = pytest.mark.more(cases=1)
 
@@ -132,6 +133,9 @@ CASES = {
     "linear_cross_entropy of rows": _LCE(
         _LINEAR | {"hidden": "nld", "labels": "nl"}, "nl", wrt=_LEARNT, ignored=True
     ),
+    "linear_cross_entropy at once": _LCE(_LINEAR, wrt=_LEARNT, ignored=True, chunk_size=None),
+    "linear_cross_entropy mean at once": _LCE(_LINEAR, "", wrt=_LEARNT, reduction="mean", chunk_size=None),
+    "linear_cross_entropy bfloat16 at once": _LCE(_LINEAR, dtype=jnp.bfloat16, wrt=_LEARNT, chunk_size=None),
     "linear_cross_entropy bfloat16": _LCE(_LINEAR, dtype=jnp.bfloat16, wrt=_LEARNT),
     "linear_cross_entropy frozen kernel": _LCE(_LINEAR, wrt=("hidden",), ignored=True),
     "linear_cross_entropy probabilities": _LCE(_LINEAR | {"labels": "nc"}, wrt=("hidden", "kernel", "labels")),
@@ -615,6 +619,69 @@ def test_who_gets_a_kernel(served, name, way, layout, rows):
     assert len(whole) + len(parts) == len(served)  # those of `unsharded`, if it was not there before
     assert {kernel for kernel, _ in parts} == (names[name] if rows else set()), served
     assert {shape for _, shape in parts} == ({(rows, SIZES["c"])} if rows else set())
+
+
+@pytest.mark.parametrize("size", [1.0, 100.0])  # large logits are made once more
+def test_kernels_of_a_gpu_where_classes_are_split(size, monkeypatch):
+    """Interpreted, which `check_vma` cannot follow."""
+    served, serves = [], gpu_product.serves
+
+    def spy(layer, x):
+        served.append((x.shape, layer.weight.shape))
+        return serves(layer, x)
+
+    for name, value in (("INTERPRET", True), ("TOKENS", 16), ("CLASSES", 16), ("FEATURES", 16), ("serves", spy)):
+        monkeypatch.setattr(gpu_product, name, value)
+    rng = np.random.default_rng(0)
+    hidden, kernel = (jnp.asarray(rng.normal(size=shape), jnp.bfloat16) for shape in ((32, 16), (16, 64)))
+    arrays = hidden, kernel * size, jnp.asarray(rng.integers(64, size=32)).at[3].set(-100)
+    loss = partial(jaxent.linear_cross_entropy, reduction="sum")
+    expected = jax.value_and_grad(loss, (0, 1))(*arrays)
+
+    monkeypatch.setitem(product.KERNELS, "cpu", gpu_product.__name__)
+    way = partial(_linear_losses._sweep_fused, holds_logits=True, has_kernels=True)
+    monkeypatch.setattr(_linear_losses, "_sweep_in_caches", way)
+    losses = _linear_losses.linear_losses.__wrapped__
+    anew = jax.jit(lambda arrays, weight, options: losses(arrays, weight, options), static_argnums=2)
+    monkeypatch.setattr(_linear_cross_entropy, "linear_losses", anew)
+    mesh = jax.make_mesh((2, 4), ("data", "class"), axis_types=(AxisType.Auto,) * 2)
+    part = P("data"), P(None, "class"), P("data")
+    mapped = jax.shard_map(
+        lambda *arrays: jax.lax.psum(loss(*arrays, axis_name="class"), "data"),
+        mesh=mesh,
+        in_specs=part,
+        out_specs=P(),
+        check_vma=False,
+    )
+    placed = jax.device_put(arrays, tuple(NamedSharding(mesh, spec) for spec in part))
+    found = jax.jit(jax.value_and_grad(mapped, (0, 1)))(*placed)
+    assert set(served) == {((16, 16), (16, 16))}
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        a, b = np.asarray(a, float), np.asarray(b, float)
+        assert np.linalg.norm(a - b) <= 0.01 * np.linalg.norm(b)
+
+
+@pytest.mark.parametrize("way", ["auto", "explicit", "shard_map"])
+def test_who_gets_a_gpu_s_kernel(way):
+    """Devices that go by themselves, also with a part of the classes."""
+    kind = AxisType.Explicit if way == "explicit" else AxisType.Auto
+    mesh = jax.make_mesh((2, 4), ("data", "class"), axis_types=(kind,) * 2)
+    shapes = ((32, 16), jnp.bfloat16), ((16, 64), jnp.bfloat16), ((32,), jnp.int32)
+    part = P("data"), P(None, "class"), P("data")
+    mapped = jax.shard_map(
+        lambda *arrays: jax.lax.pmean(jaxent.linear_cross_entropy(*arrays, axis_name="class"), "data"),
+        mesh=mesh,
+        in_specs=part,
+        out_specs=P(),
+    )
+    f = jax.jit(jax.value_and_grad(mapped if way == "shard_map" else jaxent.linear_cross_entropy, (0, 1)))
+    arguments = [
+        jax.ShapeDtypeStruct(*shape, sharding=NamedSharding(mesh, spec))
+        for shape, spec in zip(shapes, part, strict=True)
+    ]
+    with jax.set_mesh(mesh):
+        text = f.trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
+    assert ("jaxent_product_sums" in text) == (way != "auto")
 
 
 @pytest.mark.parametrize("inside_first", [True, False])

@@ -138,7 +138,7 @@ def _function(name: str, plain: Callable[..., Any]) -> Callable[..., Any]:
     primitive.def_impl(partial(form, plain))
     primitive.def_abstract_eval(abstract)
     batching.primitive_batchers[primitive] = batched
-    mlir.register_lowering(primitive, lower)
+    mlir.register_lowering(primitive, lower, cacheable=False)  # as those of row functions
 
     def bound(*arguments: Any, **options: Any) -> list[Any]:
         leaves, tree = jax.tree.flatten(arguments)
