@@ -456,7 +456,7 @@ def _sweep_fused(
 ) -> tuple[Float[Array, "tokens ..."], _Known | None, _Gradients]:
     """Where a product can leave its accumulator as exponentials, unless the compiler `holds_logits` all the same.
 
-    Then there may be kernels that do not, of gradients that are `scaled`.
+    Then there may be kernels that do not.
     """
     if options.divergence is not None and _can_cut_classes(arrays):
         return _walk_twice(options, options.divergence, wanted, arrays, scale, counts, holds_logits=holds_logits)
@@ -472,9 +472,11 @@ def _sweep_fused(
     way = "logits" if not (any_kernel and plain) else "scaled" if scalable else "fused"
     stored = operand if way == "logits" else _dtype_of_exponentials(wanted, arrays)
     wide = _compute_dtype(arrays).itemsize
-    whole = _in_whole_words(options, arrays) if has_kernels and way == "scaled" else None
+    whole = _in_whole_words(options, arrays) if has_kernels and way != "logits" else None
     has_logits = way == "logits" or (holds_logits and whole is None)
-    held = stored.itemsize / wide, *((1.0,) if has_logits else ())
+    held = [stored.itemsize / wide]
+    if has_logits or (holds_logits and way == "fused"):  # or the gradient that is made of exponentials
+        held.append(1.0 if has_logits else operand.itemsize / wide)
     gradient = arrays.kernel.dtype.itemsize / wide if wanted[1] else None
     size = chunk_size_for_memory(tokens, features, held, parts, gradient=gradient)
     by_class = not holds_logits and lies_by_class(*arrays.kernel.shape)

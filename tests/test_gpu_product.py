@@ -85,7 +85,7 @@ def test_sums_maxima_and_exponentials(shape, more, stored):
 @pytest.mark.parametrize("classes", [104, 101], ids=["whole words", "a last one in part"])
 @pytest.mark.parametrize("size", [1.0, 100.0], ids=["", "large logits"])  # are made once more
 @pytest.mark.parametrize("chunk_size", [None, 20])
-@pytest.mark.parametrize("extra", ["", "bias", "weight", "z_loss", "logit_scale", "bias and weight"])
+@pytest.mark.parametrize("extra", ["", "bias", "weight", "z_loss", "logit_scale", "bias and weight", "smoothing"])
 def test_the_loss_and_its_gradients(classes, size, chunk_size, extra, served):
     tokens, features = 50, 24
     hidden, kernel, labels = draw(tokens, features, classes)
@@ -95,16 +95,17 @@ def test_the_loss_and_its_gradients(classes, size, chunk_size, extra, served):
     rng = np.random.default_rng(1)
     bias = rng.standard_normal(classes).astype(jnp.bfloat16) if "bias" in extra else None
     weight = rng.random(classes).astype(np.float32) if "weight" in extra else None
-    z, scale = 0.01 if "z" in extra else 0.0, -0.5 if "scale" in extra else None
+    z, scale, mass = 0.01 if "z" in extra else 0.0, -0.5 if "scale" in extra else None, 0.1 * ("smooth" in extra)
 
     def loss(hidden, kernel, bias):
-        more = {"z_loss": z, "logit_scale": scale, "weight": weight, "chunk_size": chunk_size, "reduction": "sum"}
+        more = {"z_loss": z, "logit_scale": scale, "weight": weight, "label_smoothing": mass}
+        more |= {"chunk_size": chunk_size, "reduction": "sum"}
         return linear_cross_entropy(hidden, kernel, labels, bias=bias, **more)
 
     wanted = (0, 1) if bias is None else (0, 1, 2)
     value, found = jax.jit(jax.value_and_grad(loss, wanted))(hidden, kernel, bias)
-    # A scale may be negative, so no bias hides the classes that fill the last word.
-    assert bool(served) == (classes % 8 == 0 or scale is None)
+    # No bias hides the classes that fill the last word from a scale, which may be negative, or from a mean of all.
+    assert bool(served) == (classes % 8 == 0 or (scale is None and not mass))
     assert all(shape[1] == 104 for shape in served)
 
     kept = np.asarray(labels) >= 0
@@ -112,11 +113,12 @@ def test_the_loss_and_its_gradients(classes, size, chunk_size, extra, served):
     x = (h @ w + (0.0 if bias is None else np.asarray(bias, float))) * (scale or 1.0)
     v = 1.0 if weight is None else weight[y].astype(float)
     lse, log_p = logsumexp(x, 1), log_softmax(x, 1)
-    losses = -v * log_p[np.arange(len(y)), y] + z * lse**2
+    losses = -v * (1.0 - mass) * log_p[np.arange(len(y)), y] - mass * log_p.mean(1) + z * lse**2
     np.testing.assert_allclose(value, losses.sum(), rtol=2e-5)
     p = np.exp(log_p)
     g = (v + 2 * z * lse)[:, None] * p if np.ndim(v + 2 * z * lse) else (v + 2 * z * lse) * p
-    g[np.arange(len(y)), y] -= v
+    g[np.arange(len(y)), y] -= v * (1.0 - mass)
+    g -= mass / classes
     g *= scale or 1.0
     of_hidden = np.zeros((tokens, features))
     of_hidden[kept] = g @ w.T
