@@ -515,13 +515,9 @@ def _in_whole_words(options: Options, arrays: Arrays) -> Callable[[], Arrays] | 
     features = arrays.hidden.shape[1]
     if fits(features, classes):
         return lambda: arrays
-    # Hidden by their bias, which a scale might turn around.
-    if (
-        not isinstance(classes, int)
-        or not fits(features, 8)
-        or options.classes.names
-        or arrays.logit_scale is not None
-    ):
+    # They are hidden by their bias, which a scale might turn around, and a mean of all logits would see.
+    seen = arrays.logit_scale is not None or arrays.added.uniform is not None
+    if not isinstance(classes, int) or not fits(features, 8) or seen or options.classes.names:
         return None
     more = -classes % 8
 
