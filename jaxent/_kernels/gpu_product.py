@@ -50,17 +50,18 @@ def sums(
     stored: DTypeLike | None,
 ) -> Sums:
     """See product.py."""
-    given = reference[:, 0], jnp.clip(y, -1, layer.kernel.shape[1]).astype(jnp.int32)
+    there = (y >= 0) & (y < layer.weight.shape[1])
+    given = reference[:, 0], jnp.where(there, y, -1).astype(jnp.int32)
 
     def write(block: "_Block", logits: Array, *refs: Any) -> None:
         reference, y, *of_counts = (block.take(ref) for ref in refs[: len(given)])
         own, others, total, *entries = refs[len(given) :]
         d = logits - reference[:, None]
-        label = (block.places == y[:, None]) & block.classes
-        e = jnp.where(block.classes, jnp.exp(d), 0.0)
+        label = block.places == y[:, None]
         block.put(own, jnp.sum(jnp.where(label, d, 0.0), 1))
-        block.put(others, jnp.sum(jnp.where(label, 0.0, e), 1))
         block.put(total, jnp.sum(jnp.where(block.classes, d, 0.0), 1))
+        e = jnp.where(block.classes, jnp.exp(d), 0.0)
+        block.put(others, jnp.sum(jnp.where(label, 0.0, e), 1))
         for ref in entries:
             block.put_all(ref, e if not of_counts else jnp.where(of_counts[0][:, None] > 0, e, 0.0))
 
