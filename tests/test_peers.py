@@ -1,5 +1,8 @@
 """Equal to optax and jax.nn where these offer the same thing: margins small enough that they are accurate too."""
 
+import importlib
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -214,3 +217,14 @@ def test_the_pieces_of_the_whole():
         draw((3, 5)),
         5,
     )
+
+
+@pytest.mark.more
+def test_what_docs_say_that_our_fused_loss_can_do(monkeypatch):
+    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "benchmarks")
+    fused_losses = importlib.import_module("fused_losses")
+    ours = fused_losses.contestants()["jaxent"]
+    assert {name: fused_losses.tried(ours, *what) for name, what in fused_losses.TRIED.items()} == dict.fromkeys(
+        fused_losses.TRIED, "yes"
+    )
+    assert fused_losses.tried(lambda *arrays: 1.01 * ours(*arrays), fused_losses.both, {}) == "wrong"

@@ -12,7 +12,7 @@ from jax import export
 
 import jaxent
 from jaxent import _kernels as kernels
-from jaxent._kernels import divergences, xla
+from jaxent._kernels import divergences, product, xla
 
 X = jnp.asarray(np.random.default_rng(0).normal(size=(8, 5)), jnp.float32)
 LABELS = jnp.arange(8) % 5
@@ -62,6 +62,18 @@ def test_a_name_that_nobody_has():
         jaxent.cross_entropy(X, LABELS, implementation="magic")
     with pytest.raises(ValueError, match="implementation"):
         jaxent.linear_cross_entropy(X, X.T, LABELS, implementation="magic")
+
+
+def test_kernels_that_cannot_be_imported_serve_nobody(monkeypatch):
+    """A later JAX may be without what they are made with; all else goes on."""
+    monkeypatch.setitem(kernels.MACHINES, "cpu", kernels.Machine("jaxent._kernels.nobody", "fake"))
+    monkeypatch.setitem(product.KERNELS, "cpu", "jaxent._kernels.nobody")
+    x = jnp.linspace(-1.0, 1.0, 21).reshape(3, 7)  # of a shape that nothing else here has
+    np.testing.assert_allclose(jaxent.softmax(x), jax.nn.softmax(x), rtol=1e-6)
+    found = jax.jit(product.product_maxima)(product.Layer(x, None), x[:, :3])
+    np.testing.assert_allclose(found[:, 0], (x[:, :3] @ x).max(1), rtol=1e-6)
+    with pytest.raises(ValueError, match=r"cannot serve softmax here: jaxent\._kernels\.nobody cannot be imported"):
+        jaxent.softmax(x, implementation="fake")
 
 
 def test_export_takes_the_plain_form(served):

@@ -8,6 +8,7 @@ mean, of weights or of reductions.
 """
 
 import importlib
+import warnings
 from collections.abc import Callable
 from functools import cache, partial, wraps
 from typing import Any, NamedTuple
@@ -149,15 +150,15 @@ def _rule(
     if machine is None or implementation not in (None, machine.implementation):
         why_not, module = f"it has no kernels for {' and '.join(platforms)}", None
     else:
-        module = importlib.import_module(machine.module)
-        why_not = None if hasattr(module, name) else f"it has no {name}"
-        why_not = (
-            why_not
-            or refusal_of_place(context, axis)
-            or module.refusal(name, *context.avals_in, axis=axis, **options)
-        )
-        if why_not is None and implementation is None and hasattr(module, "unasked"):
-            why_not = module.unasked(name, *context.avals_in, axis=axis, **options)
+        module = module_of(machine.module)
+        if module is None:
+            why_not = f"{machine.module} cannot be imported"
+        else:
+            why_not = None if hasattr(module, name) else f"it has no {name}"
+            why_not = why_not or refusal_of_place(context, axis)
+            why_not = why_not or module.refusal(name, *context.avals_in, axis=axis, **options)
+            if why_not is None and implementation is None and hasattr(module, "unasked"):
+                why_not = module.unasked(name, *context.avals_in, axis=axis, **options)
     if why_not is None:
         return getattr(module, "LOWERING", {}).get(name) or partial(lower_kernel, getattr(module, name))
     if implementation is not None:
@@ -171,7 +172,17 @@ def lower_kernel(kernel: Callable[..., Any], context: mlir.LoweringRuleContext, 
     def served(*arrays: Any) -> tuple[Any, ...]:
         return as_tuple(kernel(*arrays, **options))
 
-    return mlir.lower_fun(served)(context, *arrays)
+    with warnings.catch_warnings():  # of JAX 0.12 to whoever uses Triton by way of Pallas, which is not our caller
+        warnings.filterwarnings("ignore", "The Pallas Triton backend is deprecated", DeprecationWarning)
+        return mlir.lower_fun(served)(context, *arrays)
+
+
+def module_of(name: str) -> Any:
+    """A machine's file; None if a later JAX has not all that its kernels are made with."""
+    try:
+        return importlib.import_module(name)
+    except ImportError:
+        return None
 
 
 def refusal_of_place(context: mlir.LoweringRuleContext, axis: ClassAxis) -> str | None:

@@ -4,7 +4,6 @@ Each function is a JAX primitive, as the row functions are, so that a GPU's lowe
 writes logits.
 """
 
-import importlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cache, partial
@@ -18,7 +17,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Integer
 
 from .._class_axis import ClassAxis
-from . import refusal_of_place
+from . import lower_kernel, module_of, refusal_of_place
 from .xla import compute_dtype
 
 _CLASSES = ClassAxis(1)
@@ -124,16 +123,16 @@ def _function(name: str, plain: Callable[..., Any]) -> Callable[..., Any]:
 
     def lower(context: mlir.LoweringRuleContext, *leaves: Any, **params: Any) -> Any:
         platforms = context.platforms or context.module_context.platforms
-        module = KERNELS.get(platforms[0]) if len(platforms) == 1 else None
-        if module is None or refusal_of_place(context, _CLASSES):
+        file = KERNELS.get(platforms[0]) if len(platforms) == 1 else None
+        kernels = None if file is None or refusal_of_place(context, _CLASSES) else module_of(file)
+        if kernels is None:
             return mlir.lower_fun(partial(form, plain))(context, *leaves, **params)
-        machine = importlib.import_module(module)
 
         def chosen(layer: Layer, x: Array, *others: Any, **options: Any) -> Any:
-            f = getattr(machine, name) if machine.serves(layer, x) else plain
+            f = getattr(kernels, name) if kernels.serves(layer, x) else plain
             return f(layer, x, *others, **options)
 
-        return mlir.lower_fun(partial(form, chosen))(context, *leaves, **params)
+        return lower_kernel(partial(form, chosen), context, *leaves, **params)
 
     primitive.def_impl(partial(form, plain))
     primitive.def_abstract_eval(abstract)
