@@ -21,7 +21,7 @@ from ._chunks import everywhere, unseen_parts
 from ._class_axis import ClassAxis, vary
 from ._kernels import compute_dtype
 from ._kernels.label_sums import LabelSums, label_gradient, label_rows
-from ._kernels.product import Layer, Sums, product_maxima, product_sums, sums
+from ._kernels.product import Layer, Sums, product_maxima, product_sums, sums_of_logits
 
 Row = Float[Array, " tokens"]
 _ROOM = 1e12  # for factors, for reciprocals, which are no normal numbers before sums are infinite, and for rounding
@@ -161,7 +161,8 @@ def _sums(
 
     def from_logits(reference: Array, x: Array, tries: Integer[Array, ""]) -> _State:
         logits = layer.logits(x)
-        return found(reference, sums(logits, reference, here, None, stored), axis.max(logits), tries)
+        of_part = sums_of_logits(logits, reference, here, None, stored)
+        return found(reference, of_part, axis.max(logits), tries)
 
     def from_product(reference: Array, x: Array, tries: Integer[Array, ""], counts: Array | None) -> _State:
         return found(reference, product_sums(layer, x, reference, here, counts, stored), None, tries)

@@ -67,7 +67,7 @@ class Sums(NamedTuple):
     e: Float[Array, "tokens classes"] | None  # the exponentials themselves, 0 where a token does not count
 
 
-def sums(
+def sums_of_logits(
     logits: Float[Array, "tokens classes"],
     reference: Float[Array, "tokens 1"],
     y: Integer[Array, " tokens"],
@@ -85,7 +85,7 @@ def sums(
 
 
 def _plain_sums(layer: Layer, x: Array, reference: Array, y: Array, counts: Any, *, stored: Any) -> Sums:
-    return sums(layer.logits(x), reference, y, counts, stored)
+    return sums_of_logits(layer.logits(x), reference, y, counts, stored)
 
 
 def _plain_maxima(layer: Layer, x: Array) -> Float[Array, "tokens 1"]:
@@ -163,6 +163,6 @@ def product_sums(
     counts: Bool[Array, " tokens"] | None,
     stored: DTypeLike | None,
 ) -> Sums:
-    """`sums` of their logits."""
+    """`sums_of_logits`, by a kernel that never writes these where there is one."""
     own, others, total, *e = _sums(layer, x, reference, y, counts, stored=stored)
     return Sums(own, others, total, e[0] if e else None)
