@@ -28,7 +28,7 @@ from ._class_axis import ClassAxis, vary
 from ._cross_entropy import Added, LossOptions, LossStats, Mixture, mixture, read_target, scale_of, told
 from ._distillation import Divergence, divergences, divergences_and_gradient
 from ._entropy import entropies, entropies_and_gradient
-from ._kernels.product import Layer, fits
+from ._kernels.product import Layer, fit, goes_alone
 from ._label_loss import How, is_easily_underflown, is_perturbed, mixed, unmoved
 from ._linear import inner, linear, times
 from ._nll import Scale, counting, read_labels
@@ -414,9 +414,8 @@ def _sweep(
     in_caches, fused = (partial(sweep, options, wanted) for sweep in (_sweep_in_caches, _sweep_fused))
     if options.loss.implementation == "xla":
         return fused(arrays, scale, counts)
-    rocm = cuda = partial(fused, holds_logits=True)
-    if arrays.hidden.dtype == arrays.kernel.dtype == jnp.bfloat16:
-        cuda = partial(rocm, has_kernels=True)
+    rocm = partial(fused, holds_logits=True)
+    cuda = partial(rocm, has_kernels=True) if fit(arrays.hidden, arrays.kernel) else rocm  # one trace where it can be
     return jax.lax.platform_dependent(arrays, scale, counts, cpu=in_caches, cuda=cuda, rocm=rocm, default=fused)
 
 
@@ -472,23 +471,16 @@ def _sweep_fused(
     way = "logits" if not (any_kernel and plain) else "scaled" if scalable else "fused"
     stored = operand if way == "logits" else _dtype_of_exponentials(wanted, arrays)
     wide = _compute_dtype(arrays).itemsize
-    whole = _in_whole_words(options, arrays) if has_kernels and way != "logits" else None
-    has_logits = way == "logits" or (holds_logits and whole is None)
+    filled = _filled_up(options, arrays) if has_kernels and way != "logits" else None
+    has_logits = way == "logits" or (holds_logits and filled is None)
     held = [stored.itemsize / wide]
     if has_logits or (holds_logits and way == "fused"):  # or the gradient that is made of exponentials
         held.append(1.0 if has_logits else operand.itemsize / wide)
     gradient = arrays.kernel.dtype.itemsize / wide if wanted[1] else None
     size = chunk_size_for_memory(tokens, features, held, parts, gradient=gradient)
     by_class = not holds_logits and lies_by_class(*arrays.kernel.shape)
-    machine = {"by_class": by_class, "apart": holds_logits}
-
-    def loop(chunks: Chunks) -> tuple[Float[Array, "tokens ..."], _Known | None, _Gradients]:
-        if whole is None:
-            return _loop(options, way, chunks, wanted, arrays, scale, **machine)
-        losses, known, found = _loop(options, way, chunks, wanted, whole(), scale, **machine)
-        of = zip(found, (arrays.hidden, arrays.kernel, arrays.bias, None), strict=True)
-        return losses, known, _Gradients(*(None if g is None or x is None else g[..., : x.shape[-1]] for g, x in of))
-
+    machine = {"by_class": by_class, "apart": holds_logits, "filled": filled or 0}
+    loop = partial(_loop, options, way, wanted=wanted, arrays=arrays, scale=scale, **machine)
     chunks = _chunks(options, arrays, counts, size, skip=True)
     more = options.entropy or options.divergence is not None  # is held beside the logits
     if options.chunk_size or more or not fit_at_once(tokens, features, sum(held)):
@@ -506,34 +498,19 @@ def _sweep_fused(
         return jax.lax.cond(everywhere(chunks.steps == -(-tokens // chunks.size)), *branches)
 
 
-def _in_whole_words(options: Options, arrays: Arrays) -> Callable[[], Arrays] | None:
-    """What makes them such that a GPU's kernels can serve, if that can be, with classes that have no probability.
+def _filled_up(options: Options, arrays: Arrays) -> int | None:
+    """How many classes to add, without probability, so that a GPU's kernels can serve; None if they cannot.
 
     For numbers of classes that are no multiple of 8 a GPU's own products, too, would copy what they multiply.
+    An exported program has chunks for kernels, and none of these: that it will be exported is not known here.
     """
     classes: Any = arrays.kernel.shape[1]
-    features = arrays.hidden.shape[1]
-    if fits(features, classes):
-        return lambda: arrays
-    # They are hidden by their bias, which a scale might turn around, and a mean of all logits would see.
-    seen = arrays.logit_scale is not None or arrays.added.uniform is not None
-    if not isinstance(classes, int) or not fits(features, 8) or seen or options.classes.names:
+    if not goes_alone(arrays.hidden) or not isinstance(classes, int):
         return None
     more = -classes % 8
-
-    def longer(x: Array, value: float) -> Array:
-        return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, more)], constant_values=value)
-
-    def made() -> Arrays:
-        bias = jnp.zeros(classes, _compute_dtype(arrays)) if arrays.bias is None else arrays.bias
-        return arrays._replace(
-            kernel=longer(arrays.kernel, 0.0),
-            bias=longer(bias, -jnp.inf),
-            weight=None if arrays.weight is None else longer(arrays.weight, 0.0),
-            labels=jnp.where(arrays.labels >= classes, classes + more, arrays.labels),
-        )
-
-    return made
+    # They are hidden by their bias, which a scale might turn around, and a mean of all logits would see.
+    seen = arrays.logit_scale is not None or arrays.added.uniform is not None or options.classes.names
+    return None if more and seen else more
 
 
 def _loop(
@@ -546,11 +523,15 @@ def _loop(
     *,
     by_class: bool = False,
     apart: bool = False,
+    filled: int = 0,
 ) -> tuple[Float[Array, "tokens ..."], _Known | None, _Gradients]:
-    """`by_class` says how the kernel lies in memory, and `apart` that maxima are better made apart, see `Center`."""
+    """`by_class` says how the kernel lies in memory, `apart` that maxima are better made apart, see `Center`.
+
+    And `filled`, how many classes to add, for the sake of the kernel's size.
+    """
     hidden, labels, dtype = arrays.hidden, arrays.labels, _compute_dtype(arrays)
-    tokens = hidden.shape[0]
-    given = _given(arrays, by_class=by_class)
+    tokens, (features, classes) = hidden.shape[0], arrays.kernel.shape
+    given = _given(arrays, by_class=by_class, filled=filled)
     operand = given.layer.kernel.dtype
     near = center(given.layer, options.classes, apart=apart) if way in ("fused", "scaled") else None
     stored = _dtype_of_exponentials(wanted, arrays)
@@ -621,8 +602,8 @@ def _loop(
         (nothing, _Known(nothing, nothing.astype(jnp.int32)) if options.loss.stats else None),
         _Gradients(
             chunks.spread(jnp.broadcast_to(zero, hidden.shape)) if wanted[0] else None,
-            jnp.broadcast_to(zero, arrays.kernel.shape) if wanted[1] and not apart_first else None,
-            jnp.broadcast_to(zero, arrays.kernel.shape[1]) if wanted[2] else None,
+            jnp.broadcast_to(zero, (features, classes + filled)) if wanted[1] and not apart_first else None,
+            jnp.broadcast_to(zero, classes + filled) if wanted[2] else None,
             zero if wanted[3] else None,
         ),
     )
@@ -632,6 +613,9 @@ def _loop(
     of_tokens, gradients = begun
     if gradients.hidden is not None:
         gradients = gradients._replace(hidden=chunks.gather(gradients.hidden))
+    if filled:
+        of_kernel, of_bias = (None if g is None else g[..., :classes] for g in (gradients.kernel, gradients.bias))
+        gradients = gradients._replace(kernel=of_kernel, bias=of_bias)
     if largest is not None:
         gradients = _Gradients(*(None if g is None else g * largest for g in gradients))
     of = zip(gradients, (arrays.hidden, arrays.kernel, arrays.bias, arrays.logit_scale), strict=True)
@@ -650,9 +634,16 @@ def _scaled_products(
     operand, dtype = kernel.dtype, scale.dtype
     bias_term = jnp.sum(scale * g.astype(dtype), 0) if wanted[2] else None
     g = g.astype(operand)
-    hidden_term = scale * _dot(g, kernel, 1, 1, dtype) if wanted[0] else None
-    x = jnp.where(scale == 0.0, 0.0, scale * x.astype(dtype)).astype(operand)  # NaNs of what does not count
+    hidden_term = None
+    if wanted[0]:
+        hidden_term = _unless_nothing(scale, _dot(g, kernel, 1, 1, dtype))
+    x = _unless_nothing(scale, x.astype(dtype)).astype(operand)
     return _Gradients(hidden_term, _dot(x, g, 0, 0, dtype) if wanted[1] else None, bias_term, None)
+
+
+def _unless_nothing(scale: Float[Array, "size 1"], x: Float[Array, "size ..."]) -> Float[Array, "size ..."]:
+    """`scale * x`, without the NaNs of what does not count."""
+    return jnp.where(scale == 0.0, 0.0, scale * x)
 
 
 def _in_range(scale: Array, dtype: DTypeLike) -> tuple[Array, Array | None]:
@@ -792,13 +783,17 @@ class _Given(NamedTuple):
         return logits if self.where is None else jnp.where(self.where[None], logits, -jnp.inf)
 
 
-def _given(arrays: Arrays, *, by_class: bool = False) -> _Given:
-    kernel = arrays.kernel.astype(jnp.result_type(arrays.hidden, arrays.kernel))
+def _given(arrays: Arrays, *, by_class: bool = False, filled: int = 0) -> _Given:
+    kernel, bias = arrays.kernel.astype(jnp.result_type(arrays.hidden, arrays.kernel)), arrays.bias
+    if filled:
+        bias = jnp.zeros(kernel.shape[1], _compute_dtype(arrays)) if bias is None else bias
+        bias = jnp.pad(bias, (0, filled), constant_values=-jnp.inf)
+        kernel = jnp.pad(kernel, ((0, 0), (0, filled)))
     teacher = None
     if arrays.teacher is not None:
         dtype = jnp.result_type(arrays.labels, arrays.teacher.kernel)
         teacher = Layer(arrays.teacher.kernel.astype(dtype), arrays.teacher.bias)
-    layer = Layer(kernel.T if by_class else kernel, arrays.bias, arrays.logit_scale, by_class)
+    layer = Layer(kernel.T if by_class else kernel, bias, arrays.logit_scale, by_class, filled)
     return _Given(layer, arrays.where, arrays.weight, arrays.added, teacher)
 
 

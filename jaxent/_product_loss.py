@@ -155,8 +155,8 @@ def _sums(
 ) -> tuple[LabelSums, Float[Array, "tokens classes"] | None]:
     """Relative to the center of logits or, if one is too far away from that, to their maximum; and exponentials.
 
-    The maximum comes with the first attempt, but for GPUs, whose compiler would read the logits once more for it. Of
-    a row that does not count, where that is said to them, no exponential is infinite or NaN.
+    The maximum comes with the first attempt, but for GPUs, whose compiler would read the logits once more for it; and
+    there, in the second attempt, no exponential of a row that does not count is infinite or NaN.
     """
 
     def from_logits(reference: Array, x: Array, tries: Integer[Array, ""]) -> _State:
@@ -188,7 +188,8 @@ def _sums(
         known, maximum = jax.lax.optimization_barrier((known, axis.largest(product_maxima(layer, known))))
         return from_product(maximum, known, tries, counts)
 
-    here, classes = y - axis.start(layer.shape(x)), axis.size(layer.shape(x))
+    shape = layer.shape(x)
+    here, classes = y - axis.start(shape), axis.size(shape)
     # A loop, which updates exponentials in place, where a condition would copy them.
     # What is infinite or NaN is too far, too.
     r, none = near.of(x), vary(jnp.int32(0), x)

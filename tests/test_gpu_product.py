@@ -134,6 +134,30 @@ def test_a_class_that_there_is_not_makes_nan(served):
     np.testing.assert_array_equal(np.isnan(losses), np.arange(20) < 3)
 
 
+@pytest.mark.parametrize("dtype", [np.int8, np.uint8, np.int32])
+@pytest.mark.parametrize("ignore_index", [-100, 250, 252])
+def test_labels_that_classes_to_fill_up_might_be_mistaken_for(dtype, ignore_index, served):
+    """250 classes, and six more that are none."""
+    hidden, kernel, _ = draw(20, 8, 250)
+    numbers = [3, 100, 127] if dtype == np.int8 else [3, 100, 127, 249, 250, 251, 252, 253, 255]
+    labels = jnp.resize(jnp.array(numbers, dtype), 20)
+    loss = partial(linear_cross_entropy, ignore_index=ignore_index, reduction="none")
+    found, expected = jax.jit(loss)(hidden, kernel, labels), jax.jit(partial(loss, implementation="xla"))
+    assert served
+    np.testing.assert_allclose(found, expected(hidden, kernel, labels), rtol=1e-5)
+
+
+@pytest.mark.parametrize("chunk_size", [None, 16])
+@pytest.mark.parametrize("value", [np.inf, np.nan])
+def test_no_token_counts(value, chunk_size):
+    hidden, kernel, labels = draw(40, 8, 16)
+    loss = partial(linear_cross_entropy, chunk_size=chunk_size, reduction="sum")
+    arrays = hidden, kernel.at[2, 3].set(value), jnp.full_like(labels, -100)
+    found = jax.jit(jax.value_and_grad(loss, (0, 1)))(*arrays)
+    for x in jax.tree.leaves(found):
+        np.testing.assert_array_equal(np.asarray(x, float), 0.0)
+
+
 @pytest.mark.parametrize("in_axes", [(0, 0, 0), (0, None, 0), (None, 0, None)], ids=str)
 def test_below_vmap(in_axes, served):
     both = [draw(20, 8, 16, seed) for seed in range(3)]
@@ -159,6 +183,26 @@ def test_second_derivatives_are_those_of_the_plain_form():
 
     a, b = (np.asarray(curvature(**options), float) for options in ({}, {"implementation": "xla"}))
     assert np.linalg.norm(a - b) <= 0.01 * np.linalg.norm(b)
+
+
+@pytest.mark.parametrize("checkpoint", [False, True])
+def test_second_derivatives_in_a_loop(checkpoint):
+    """Where a first derivative forgets the rules of functions, and differentiates what they have done."""
+    hidden, kernel, labels = draw(20, 8, 16)
+    direction = draw(20, 8, 16, seed=1)[1]
+
+    def curvature(**options):
+        def loss(w):
+            def step(total, some):
+                return total + linear_cross_entropy(some[0], w, some[1], **options), None
+
+            some = hidden.reshape(2, 10, 8), labels.reshape(2, 10)
+            return jax.lax.scan(jax.checkpoint(step) if checkpoint else step, 0.0, some)[0]
+
+        return jax.jit(lambda w: jax.jvp(jax.grad(loss), (w,), (direction,))[1])(kernel)
+
+    a, b = (np.asarray(curvature(**options), float) for options in ({}, {"implementation": "xla"}))
+    assert np.linalg.norm(a - b) <= 0.02 * np.linalg.norm(b)
 
 
 def lowered(dtype, classes=104, **options):

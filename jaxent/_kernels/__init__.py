@@ -185,6 +185,11 @@ def module_of(name: str) -> Any:
         return None
 
 
+def is_old_gpu() -> bool:
+    """Whether there is a GPU that Triton does not take, of compute capability below 8.0."""
+    return jax.default_backend() == "gpu" and float(jax.devices()[0].compute_capability) < 8.0
+
+
 def refusal_of_place(context: mlir.LoweringRuleContext, axis: ClassAxis) -> str | None:
     """Why no kernel serves in this program, which a compiler might have to cut or to keep."""
     if axis.names:

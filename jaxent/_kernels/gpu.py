@@ -16,6 +16,7 @@ from jax.experimental.pallas import triton as plgpu
 from jax.typing import DTypeLike
 
 from .._class_axis import ClassAxis
+from . import is_old_gpu
 from .rows import Function, Part, Rows, function_of, grouped, repeat, struct
 from .rows import refusal as refusal_of_any
 
@@ -25,7 +26,6 @@ ENTRIES = 8  # of a block that a thread has
 WARP = 32
 LARGEST = 2**31 - 1  # entries that indices of 32 bits count
 LEAST_CLASSES = 512
-AMPERE = 8.0  # of compute capability
 
 
 def _kernel(function: Function, classes: int, block: int, *refs: Any) -> None:
@@ -118,7 +118,7 @@ def _function(name: str) -> Callable[..., Any]:
 
 def refusal(_: str, x: Any, *others: Any, axis: ClassAxis, dtype: DTypeLike = jnp.float32, **__: Any) -> str | None:
     """Why that function is not computed here for such arguments."""
-    if not INTERPRET and jax.default_backend() == "gpu" and float(jax.devices()[0].compute_capability) < AMPERE:
+    if not INTERPRET and is_old_gpu():
         return "Triton wants a GPU of compute capability 8.0 or more"
     if math.prod(x.shape) > LARGEST:
         return f"there are more than {LARGEST} logits"

@@ -4,7 +4,7 @@ Each program makes the logits of a block of tokens and of classes, and writes a 
 afterwards. Blocks of the same classes follow each other, so that the kernel is read from the cache.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -14,8 +14,7 @@ from jax.experimental.pallas import triton as plgpu
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Integer
 
-from .gpu import AMPERE
-from .product import Layer, Sums, fits
+from .product import Layer, Sums, fit
 from .rows import struct
 
 INTERPRET: Any = False  # tests run the kernels on CPUs
@@ -24,10 +23,9 @@ WARPS, STAGES = 8, 3
 
 
 def serves(layer: Layer, x: Array) -> bool:
-    """Whether such logits are made here: of bfloat16, in words of 16 bytes."""
-    if not INTERPRET and jax.default_backend() == "gpu" and float(jax.devices()[0].compute_capability) < AMPERE:
-        return False
-    return x.dtype == layer.weight.dtype == jnp.bfloat16 and not layer.by_class and fits(*layer.weight.shape)
+    """Whether such logits are made here."""
+    classes: Any = layer.weight.shape[1]
+    return fit(x, layer.weight) and not layer.by_class and classes % 8 == 0 < classes
 
 
 def maxima(layer: Layer, x: Float[Array, "tokens features"]) -> Float[Array, "tokens 1"]:
@@ -36,7 +34,7 @@ def maxima(layer: Layer, x: Float[Array, "tokens features"]) -> Float[Array, "to
     def write(block: "_Block", logits: Array, of_blocks: Any) -> None:
         block.put(of_blocks, jnp.max(jnp.where(block.classes, logits, -jnp.inf), 1))
 
-    (of_blocks,) = _call("maxima", write, layer, x, (), ["row"])
+    (of_blocks,) = _call("maxima", write, layer, x, (), [None])
     return jnp.max(of_blocks, 0)[:, None]
 
 
@@ -66,7 +64,7 @@ def sums(
             block.put_all(ref, e if not of_counts else jnp.where(of_counts[0][:, None] > 0, e, 0.0))
 
     given = given if counts is None else (*given, counts.astype(jnp.int32))
-    results = ["row", "row", "row", *([] if stored is None else [stored])]
+    results = [None, None, None, *([] if stored is None else [stored])]
     own, others, total, *e = _call("sums", write, layer, x, given, results)
     own, others, total = (jnp.sum(of_blocks, 0)[:, None] for of_blocks in (own, others, total))
     return Sums(own, others, total, e[0] if e else None)
@@ -121,9 +119,14 @@ def _kernel(write: Callable[..., None], shape: tuple[int, ...], layer: Any, x: A
 
 
 def _call(
-    name: str, write: Callable[..., None], layer: Layer, x: Array, given: tuple[Array, ...], results: list[Any]
+    name: str,
+    write: Callable[..., None],
+    layer: Layer,
+    x: Array,
+    given: tuple[Array, ...],
+    results: Sequence[DTypeLike | None],
 ) -> Any:
-    """Give `write` the logits of every block. Results are numbers for each block's tokens, or entries of a dtype."""
+    """Give `write` the logits of every block. Results are entries of a dtype, or for None numbers of its tokens."""
     shape = tokens, _, classes = x.shape[0], *layer.weight.shape
     blocks = pl.cdiv(tokens, TOKENS), pl.cdiv(classes, CLASSES)
     scale = None if layer.scale is None else layer.scale.astype(jnp.float32).reshape(1)
@@ -136,9 +139,9 @@ def _call(
     return pl.pallas_call(
         kernel,
         out_shape=[
-            struct((blocks[1], tokens), jnp.float32, *arrays)
-            if dtype == "row"
-            else struct((tokens, classes), dtype, *arrays)
+            struct((tokens, classes), dtype, *arrays)
+            if dtype is not None
+            else struct((blocks[1], tokens), jnp.float32, *arrays)
             for dtype in results
         ],
         grid=blocks,

@@ -12,12 +12,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.extend.core import Primitive
-from jax.interpreters import batching, mlir
+from jax.interpreters import ad, batching, mlir
+from jax.sharding import AxisType
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Integer
 
 from .._class_axis import ClassAxis
-from . import lower_kernel, module_of, refusal_of_place
+from . import is_old_gpu, lower_kernel, module_of, refusal_of_place
 from .xla import compute_dtype
 
 _CLASSES = ClassAxis(1)
@@ -32,6 +33,7 @@ class Layer:
     bias: Float[Array, " classes"] | None
     scale: Float[Array, ""] | None = None
     by_class: bool = field(default=False, metadata={"static": True})  # a row of `weight` is a class
+    filled: int = field(default=0, metadata={"static": True})  # so many of the last classes are none
 
     @property
     def kernel(self) -> Float[Array, "features classes"]:
@@ -54,17 +56,20 @@ class Layer:
         return x if self.scale is None else self.scale * x
 
     def shape(self, x: Float[Array, "tokens features"]) -> jax.ShapeDtypeStruct:
-        """Of `logits`."""
-        return jax.ShapeDtypeStruct((x.shape[0], self.kernel.shape[1]), compute_dtype(x.dtype))
+        """Of `logits`, but for what is `filled` up."""
+        classes = self.weight.shape[0 if self.by_class else 1] - self.filled
+        return jax.ShapeDtypeStruct((x.shape[0], classes), compute_dtype(x.dtype))
 
 
 class Sums(NamedTuple):
     """Of some classes, relative to a number for each token."""
 
-    label: Float[Array, "tokens 1"]  # its logit; 0 where it is not one of them
+    label: Float[Array, "tokens 1"]  # its logit less that number; 0 where it is not one of them
     others: Float[Array, "tokens 1"]  # exponentials of all but the label
-    total: Float[Array, "tokens 1"]  # of the logits
-    e: Float[Array, "tokens classes"] | None  # the exponentials themselves, 0 where a token does not count
+    total: Float[Array, "tokens 1"]  # of the logits less that number
+    e: (
+        Float[Array, "tokens classes"] | None
+    )  # the exponentials themselves, 0 where it is said that a token does not count
 
 
 def sums_of_logits(
@@ -95,9 +100,19 @@ def _plain_maxima(layer: Layer, x: Array) -> Float[Array, "tokens 1"]:
 KERNELS = {"cuda": "jaxent._kernels.gpu_product"}  # by platform: functions of the same names and arguments
 
 
-def fits(*sizes: Any) -> bool:
-    """Whether a kernel can serve so many features or classes of bfloat16: they fill words of 16 bytes."""
-    return all(isinstance(n, int) and n and n % 8 == 0 for n in sizes)
+def fit(x: Any, weight: Any) -> bool:
+    """Whether a kernel may serve: products of bfloat16, of features in words of 16 bytes."""
+    features = x.shape[1]
+    whole = isinstance(features, int) and features % 8 == 0 < features
+    return x.dtype == weight.dtype == jnp.bfloat16 and whole and not is_old_gpu()
+
+
+def goes_alone(x: Array) -> bool:
+    """Whether the program is for one device, or each goes by itself: nobody else gets a kernel, see `_kernels`."""
+    mesh = jax.typeof(x).sharding.mesh
+    if mesh.empty:
+        return jax.device_count() == 1
+    return all(n == 1 or kind == AxisType.Manual for n, kind in zip(mesh.axis_sizes, mesh.axis_types, strict=True))
 
 
 def _function(name: str, plain: Callable[..., Any]) -> Callable[..., Any]:
@@ -121,6 +136,15 @@ def _function(name: str, plain: Callable[..., Any]) -> Callable[..., Any]:
         out = primitive.bind(*leaves, batches=(*batches, tuple(dims)), **params)
         return out, [0] * len(out)
 
+    def along(primals: Any, tangents: Any, **params: Any) -> Any:
+        moving = [i for i, t in enumerate(tangents) if not isinstance(t, ad.Zero)]
+
+        def run(*some: Any) -> Any:
+            leaves = dict(enumerate(primals)) | dict(zip(moving, some, strict=True))
+            return form(plain, *leaves.values(), **params)
+
+        return jax.jvp(run, [primals[i] for i in moving], [tangents[i] for i in moving])
+
     def lower(context: mlir.LoweringRuleContext, *leaves: Any, **params: Any) -> Any:
         platforms = context.platforms or context.module_context.platforms
         file = KERNELS.get(platforms[0]) if len(platforms) == 1 else None
@@ -137,6 +161,7 @@ def _function(name: str, plain: Callable[..., Any]) -> Callable[..., Any]:
     primitive.def_impl(partial(form, plain))
     primitive.def_abstract_eval(abstract)
     batching.primitive_batchers[primitive] = batched
+    ad.primitive_jvps[primitive] = along  # by the loops and checkpoints of a first derivative, see `_kernels`
     mlir.register_lowering(primitive, lower, cacheable=False)  # as those of row functions
 
     def bound(*arguments: Any, **options: Any) -> list[Any]:
