@@ -76,6 +76,12 @@ def test_kernels_that_cannot_be_imported_serve_nobody(monkeypatch):
         jaxent.softmax(x, implementation="fake")
 
 
+@pytest.mark.parametrize(("capability", "old"), [("7.5", True), ("8.0", False), ("12.0", False), ("gfx942", False)])
+def test_old_gpus(capability, old, monkeypatch):
+    monkeypatch.setattr(jax, "devices", lambda: [types.SimpleNamespace(compute_capability=capability)])
+    assert kernels.is_old_gpu() == old
+
+
 def test_export_takes_the_plain_form(served):
     exported = export.export(jax.jit(jaxent.softmax))(jax.ShapeDtypeStruct(X.shape, X.dtype))
     np.testing.assert_allclose(exported.call(X), jax.nn.softmax(X), rtol=1e-6)
