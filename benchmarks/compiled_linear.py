@@ -2,6 +2,7 @@
 
     python benchmarks/compiled_linear.py [--chips v5e v6e v5p v7x h100] [--dtypes bfloat16] [--check | --write]
     python benchmarks/compiled_linear.py --shape 4096 2048 50304 [--chips v5e]
+    python benchmarks/compiled_linear.py --chunk-sizes 512 1024 2048 4096 [--shape 8192 1024 128256] [--chips v5e]
     python benchmarks/compiled_linear.py --distillation [--chips v5e] [--dtypes bfloat16 float32] [--check | --write]
     python benchmarks/compiled_linear.py --split batch | classes | both [--shape 65536 4096 128256]
 
@@ -13,6 +14,8 @@ given as a multiple of optax's, are not.
 
 `--distillation` counts linear_distillation_loss at the second shape, teacher and student alike, and beside it
 distillation_loss of full logits. Its temporaries are in per cent of one model's float32 logits.
+
+`--chunk-sizes` counts jaxent with chunks of so many tokens, without those that it chooses itself.
 
 `--split` compiles for the eight chips of a TPU v5e, batch or classes split over all of them or both over 4 x 2, in
 every way of sharding; its figures are of each chip, and with them come the large arrays that are communicated.
@@ -99,7 +102,7 @@ def compiled_for(chip: str, lowered: Any) -> tuple[Any, int]:
     return program, needed - memory.argument_size_in_bytes - memory.output_size_in_bytes
 
 
-def count(chip: str, name: str, shape: tuple[int, int, int], dtype: str) -> Counted:
+def count(chip: str, name: str, shape: tuple[int, int, int], dtype: str, chunk_size: int | None = None) -> Counted:
     """Compile one of them."""
     import jax
     import numpy as np
@@ -114,12 +117,14 @@ def count(chip: str, name: str, shape: tuple[int, int, int], dtype: str) -> Coun
     arguments = [jax.ShapeDtypeStruct(size, kind, sharding=sharding) for size, kind in layer + others]
     start = time.perf_counter()
     loss = {**losses(), **distillations()}[name]
+    loss = loss if chunk_size is None else partial(loss, chunk_size=chunk_size)
     program, temporaries = compiled_for(chip, jax.jit(jax.value_and_grad(loss, (0, 1))).lower(*arguments))
     compiling = time.perf_counter() - start
     width = jax.numpy.dtype(dtype).itemsize / 4
     held = (width, 1.0) if chip == "h100" and dtype != "bfloat16" else (width,)  # for which it has no kernel
     at_once = name == "jaxent at once" and fit_at_once(tokens, features, sum(held))
-    steps = 0 if at_once else -(-tokens // chunk_size_for_memory(tokens, features, held, gradient=width))
+    size = chunk_size or chunk_size_for_memory(tokens, features, held, gradient=width)
+    steps = 0 if at_once or size >= tokens else -(-tokens // size)
     kernels = kernels_of(program.as_text(), steps - (steps > 1 and chip == "h100"))  # the first of its steps is apart
     share = 100 * temporaries / (4 * tokens * classes)
     return Counted(1e3 * seconds(kernels, CHIPS[chip]), 1e-9 * total_bytes(kernels), share, compiling)
@@ -140,7 +145,8 @@ def split_rows(how: str, shape: tuple[int, int, int]) -> Iterator[str]:
     sizes = {"batch": (8, 1), "classes": (1, 8), "both": (4, 2)}[how]
     of_tokens = PartitionSpec("data") if sizes[0] > 1 else PartitionSpec()
     of_classes = PartitionSpec(None, "model") if sizes[1] > 1 else PartitionSpec()
-    for name, way in (("optax", "automatic"), *(("jaxent", way) for way in ("automatic", "explicit", "shard_map"))):
+    ways = [("jaxent", way) for way in ("automatic", "explicit", "shard_map")]
+    for name, way in (("optax", "automatic"), *ways, ("jaxent in one chunk", "automatic")):
         kind = AxisType.Explicit if way == "explicit" else AxisType.Auto
         mesh = Mesh(chips.reshape(sizes), ("data", "model"), axis_types=(kind, kind))
 
@@ -150,7 +156,8 @@ def split_rows(how: str, shape: tuple[int, int, int]) -> Iterator[str]:
 
         specs = (of_tokens, of_classes, of_tokens)
         mapped = jax.shard_map(part, mesh=mesh, in_specs=specs, out_specs=PartitionSpec())
-        loss = mapped if way == "shard_map" else losses()[name]
+        whole = partial(jaxent.linear_cross_entropy, chunk_size=tokens)
+        loss = mapped if way == "shard_map" else {**losses(), "jaxent in one chunk": whole}[name]
         arguments = [
             jax.ShapeDtypeStruct(size, dtype, sharding=NamedSharding(mesh, spec))
             for size, dtype, spec in zip(
@@ -196,6 +203,20 @@ def row(chip: str, shape: tuple[int, int, int], dtype: str, found: dict[str, Cou
     return f"| {' | '.join([*cells, f'{ours.compiling / optax.compiling:.1f}'])} |"
 
 
+CHUNKS = """\
+| chip | tokens x features x classes | in a chunk | estimated ms | of optax's | GB moved | temporaries |
+|---|---|---:|---:|---:|---:|---:|"""
+
+
+def chunk_rows(chip: str, shape: tuple[int, int, int], dtype: str, sizes: list[int]) -> Iterator[str]:
+    """A row for each number of tokens in a chunk, and first for the default."""
+    optax = count(chip, "optax", shape, dtype)
+    for size in (None, *sizes):
+        ms, gigabytes, share, _ = count(chip, "jaxent", shape, dtype, size)
+        cells = [chip, " x ".join(map(str, shape)), "default" if size is None else f"{size:,}", f"{ms:.2f}"]
+        yield f"| {' | '.join([*cells, f'{ms / optax.milliseconds:.2f}', f'{gigabytes:.1f}', f'{share:.0f} %'])} |"
+
+
 DISTILLATION = """\
 | chip | dtype | loss | estimated ms | GB moved | temporaries |
 |---|---|---|---:|---:|---:|"""
@@ -213,6 +234,7 @@ def main() -> None:
     parser.add_argument("--shapes", type=int, default=len(SHAPES), help="so many of the shapes")
     parser.add_argument("--distillation", action="store_true", help="linear_distillation_loss instead")
     parser.add_argument("--split", choices=["batch", "classes", "both"], help="on eight chips of a TPU v5e")
+    parser.add_argument("--chunk-sizes", type=int, nargs="+", help="tokens in a chunk, at the second shape")
     parser.add_argument("--shape", type=int, nargs=3, help="this one, as tokens, features and classes")
     action = parser.add_mutually_exclusive_group()
     action.add_argument("--check", action="store_true", help="fail where a figure is worse than it was; jaxent alone")
@@ -227,6 +249,14 @@ def main() -> None:
         print("|---|---|---:|---:|---:|---|")
         for line in split_rows(arguments.split, tuple(arguments.shape or (65536, 4096, 128256))):
             print(line, flush=True)
+        return
+    if arguments.chunk_sizes:
+        print(CHUNKS)
+        for chip in arguments.chips:
+            for line in chunk_rows(
+                chip, tuple(arguments.shape or SHAPES[1]), arguments.dtypes[0], arguments.chunk_sizes
+            ):
+                print(line, flush=True)
         return
     import jax
 

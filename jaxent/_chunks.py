@@ -83,6 +83,11 @@ def fit_at_once(tokens: Any, features: Any, held: float) -> bool:
     return isinstance(tokens, int) and isinstance(features, int) and 0 < (held - SHARE) * tokens <= features
 
 
+def is_one_chunk(tokens: Any, size: int | None) -> bool:
+    """Whether somebody wants all tokens at once: then there is no chunk to skip, and no sum to add a chunk to."""
+    return size is not None and isinstance(tokens, int) and 0 < tokens <= size
+
+
 @dataclass(frozen=True)
 class Chunks:
     """Which tokens the steps of a loop work on."""

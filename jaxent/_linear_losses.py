@@ -20,6 +20,7 @@ from ._chunks import (
     chunk_size_in_caches,
     everywhere,
     fit_at_once,
+    is_one_chunk,
     packed_chunks,
     strided_chunks,
     unseen_parts,
@@ -483,10 +484,11 @@ def _sweep_fused(
     loop = partial(_loop, options, way, wanted=wanted, arrays=arrays, scale=scale, **machine)
     chunks = _chunks(options, arrays, counts, size, skip=True)
     more = options.entropy or options.divergence is not None  # is held beside the logits
-    if options.chunk_size or more or not fit_at_once(tokens, features, sum(held)):
+    one_chunk = is_one_chunk(tokens, options.chunk_size)
+    if not one_chunk and (options.chunk_size or more or not fit_at_once(tokens, features, sum(held))):
         return loop(chunks)
     at_once = strided_chunks(tokens, tokens, counts)
-    if counts is None or parts > 1:
+    if counts is None or parts > 1 or one_chunk:
         return loop(at_once)
     if tokens > ENOUGH:  # a second program would be compiled for little
         return loop(chunks)
