@@ -134,6 +134,7 @@ CASES = {
         _LINEAR | {"hidden": "nld", "labels": "nl"}, "nl", wrt=_LEARNT, ignored=True
     ),
     "linear_cross_entropy at once": _LCE(_LINEAR, wrt=_LEARNT, ignored=True, chunk_size=None),
+    "linear_cross_entropy in one chunk": _LCE(_LINEAR, wrt=_LEARNT, ignored=True, chunk_size=SIZES["n"]),
     "linear_cross_entropy mean at once": _LCE(_LINEAR, "", wrt=_LEARNT, reduction="mean", chunk_size=None),
     "linear_cross_entropy bfloat16 at once": _LCE(_LINEAR, dtype=jnp.bfloat16, wrt=_LEARNT, chunk_size=None),
     "linear_cross_entropy bfloat16": _LCE(_LINEAR, dtype=jnp.bfloat16, wrt=_LEARNT),
