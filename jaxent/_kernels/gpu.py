@@ -116,10 +116,21 @@ def _function(name: str) -> Callable[..., Any]:
     return served
 
 
+def unavailable() -> str | None:
+    """Why nothing can be compiled for a GPU here. From JAX 0.12 on Triton asks which one it is for."""
+    try:
+        getattr(plgpu, "get_gpu_info", lambda: None)()
+    except (RuntimeError, ValueError) as error:
+        return f"Triton does not know the GPU: {error}"
+    return None
+
+
 def refusal(_: str, x: Any, *others: Any, axis: ClassAxis, dtype: DTypeLike = jnp.float32, **__: Any) -> str | None:
     """Why that function is not computed here for such arguments."""
     if not INTERPRET and is_old_gpu():
         return "Triton wants a GPU of compute capability 8.0 or more"
+    if not INTERPRET and (why_not := unavailable()):
+        return why_not
     if math.prod(x.shape) > LARGEST:
         return f"there are more than {LARGEST} logits"
     return refusal_of_any(("float32", "bfloat16", "float16"), x, *others, axis=axis, dtype=dtype)

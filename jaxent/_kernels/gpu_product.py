@@ -14,6 +14,7 @@ from jax.experimental.pallas import triton as plgpu
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Integer
 
+from .gpu import unavailable
 from .product import Layer, Sums, fit
 from .rows import struct
 
@@ -25,7 +26,8 @@ WARPS, STAGES = 8, 3
 def serves(layer: Layer, x: Array) -> bool:
     """Whether such logits are made here."""
     classes: Any = layer.weight.shape[1]
-    return fit(x, layer.weight) and not layer.by_class and classes % 8 == 0 < classes
+    fits = fit(x, layer.weight) and not layer.by_class and classes % 8 == 0 < classes
+    return fits and (INTERPRET or unavailable() is None)
 
 
 def maxima(layer: Layer, x: Float[Array, "tokens features"]) -> Float[Array, "tokens 1"]:
