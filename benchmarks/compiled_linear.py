@@ -15,7 +15,7 @@ given as a multiple of optax's, are not.
 `--distillation` counts linear_distillation_loss at the second shape, teacher and student alike, and beside it
 distillation_loss of full logits. Its temporaries are in per cent of one model's float32 logits.
 
-`--chunk-sizes` counts jaxent with chunks of so many tokens, without those that it chooses itself.
+`--chunk-sizes` counts jaxent with chunks of so many tokens, and first with those that it chooses itself.
 
 `--split` compiles for the eight chips of a TPU v5e, batch or classes split over all of them or both over 4 x 2, in
 every way of sharding; its figures are of each chip, and with them come the large arrays that are communicated.
@@ -25,6 +25,7 @@ For the environment see compiled.py.
 """
 
 import argparse
+import itertools
 import json
 import re
 import sys
@@ -204,8 +205,8 @@ def row(chip: str, shape: tuple[int, int, int], dtype: str, found: dict[str, Cou
 
 
 CHUNKS = """\
-| chip | tokens x features x classes | in a chunk | estimated ms | of optax's | GB moved | temporaries |
-|---|---|---:|---:|---:|---:|---:|"""
+| chip | dtype | tokens x features x classes | in a chunk | estimated ms | of optax's | GB moved | temporaries |
+|---|---|---|---:|---:|---:|---:|---:|"""
 
 
 def chunk_rows(chip: str, shape: tuple[int, int, int], dtype: str, sizes: list[int]) -> Iterator[str]:
@@ -213,7 +214,7 @@ def chunk_rows(chip: str, shape: tuple[int, int, int], dtype: str, sizes: list[i
     optax = count(chip, "optax", shape, dtype)
     for size in (None, *sizes):
         ms, gigabytes, share, _ = count(chip, "jaxent", shape, dtype, size)
-        cells = [chip, " x ".join(map(str, shape)), "default" if size is None else f"{size:,}", f"{ms:.2f}"]
+        cells = [chip, dtype, " x ".join(map(str, shape)), "default" if size is None else f"{size:,}", f"{ms:.2f}"]
         yield f"| {' | '.join([*cells, f'{ms / optax.milliseconds:.2f}', f'{gigabytes:.1f}', f'{share:.0f} %'])} |"
 
 
@@ -252,10 +253,9 @@ def main() -> None:
         return
     if arguments.chunk_sizes:
         print(CHUNKS)
-        for chip in arguments.chips:
-            for line in chunk_rows(
-                chip, tuple(arguments.shape or SHAPES[1]), arguments.dtypes[0], arguments.chunk_sizes
-            ):
+        shape = tuple(arguments.shape or SHAPES[1])
+        for chip, dtype in itertools.product(arguments.chips, arguments.dtypes):
+            for line in chunk_rows(chip, shape, dtype, arguments.chunk_sizes):
                 print(line, flush=True)
         return
     import jax

@@ -4,8 +4,8 @@
     python benchmarks/fused_losses.py
 
 A cell says yes, or "wrong" where a result is further than 1e-3 of its largest entry away from NumPy's float64, or no
-where it raises. Everybody gets float32, 256 tokens of 128 features and 2,048 classes. What runs on TPUs
-only is left out.
+where it raises. Everybody gets float32, 256 tokens of 128 features and 2,048 classes. What runs
+on TPUs only is left out.
 """
 
 import sys
@@ -57,11 +57,11 @@ def contestants() -> dict[str, Loss]:
     return found
 
 
-def draw(classes: int = CLASSES, size: float = 1.0) -> tuple[Any, Any, Any]:
-    """Arguments whose logits are of about this size."""
+def draw(classes: int = CLASSES) -> tuple[Any, Any, Any]:
+    """Arguments whose logits are of about size 1."""
     rng = np.random.default_rng(0)
     hidden = rng.standard_normal((TOKENS, FEATURES)).astype(np.float32)
-    kernel = (size * rng.standard_normal((FEATURES, classes)) / np.sqrt(FEATURES)).astype(np.float32)
+    kernel = (rng.standard_normal((FEATURES, classes)) / np.sqrt(FEATURES)).astype(np.float32)
     return jnp.asarray(hidden), jnp.asarray(kernel), jnp.asarray(rng.integers(classes, size=TOKENS), jnp.int32)
 
 

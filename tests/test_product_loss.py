@@ -269,6 +269,23 @@ def test_all_at_once_where_no_chunk_could_be_skipped(live, sizes, monkeypatch):
             np.testing.assert_allclose(a[i], b, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize(("chunk_size", "steps"), [(64, 1), (100, 1), (63, None)])
+def test_as_many_as_there_are_tokens_are_one_chunk(chunk_size, steps, monkeypatch):
+    """Of a number of steps that is known, so that nothing is added up; that of several depends on labels."""
+    seen, loop, losses = [], _linear_losses._loop, _linear_losses.linear_losses.__wrapped__
+
+    def spy(options, way, chunks, *rest, **how):
+        seen.append(chunks.steps if isinstance(chunks.steps, int) else None)
+        return loop(options, way, chunks, *rest, **how)
+
+    monkeypatch.setattr(_linear_losses, "_loop", spy)
+    anew = jax.jit(lambda arrays, weight, options: losses(arrays, weight, options), static_argnums=2)
+    monkeypatch.setattr(_linear_cross_entropy, "linear_losses", anew)
+    hidden, kernel, labels = jnp.ones((64, 8)), jnp.ones((8, 50)), jnp.zeros(64, jnp.int32)
+    jax.grad(partial(fused, chunk_size=chunk_size))(hidden, kernel, labels)
+    assert set(seen) == {steps}
+
+
 @pytest.mark.parametrize("ignore_index", [None, -100])
 @pytest.mark.parametrize("dtype", [np.float32, jnp.bfloat16, np.float16])
 def test_at_once_and_in_chunks(dtype, ignore_index):

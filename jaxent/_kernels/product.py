@@ -67,9 +67,7 @@ class Sums(NamedTuple):
     label: Float[Array, "tokens 1"]  # its logit less that number; 0 where it is not one of them
     others: Float[Array, "tokens 1"]  # exponentials of all but the label
     total: Float[Array, "tokens 1"]  # of the logits less that number
-    e: (
-        Float[Array, "tokens classes"] | None
-    )  # the exponentials themselves, 0 where it is said that a token does not count
+    e: Float[Array, "tokens classes"] | None  # the exponentials, 0 where a token is said not to count
 
 
 def sums_of_logits(
