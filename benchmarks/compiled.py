@@ -1,6 +1,6 @@
 """What the compilers of accelerators make of every function: bytes moved and temporaries, counted without a device.
 
-    python benchmarks/compiled.py tpu|gpu [--chips v5e v6e v7x] [--check | --write] [--table FILE]
+    python benchmarks/compiled.py tpu|gpu [--chips v5e v6e v5p v7x] [--check | --write] [--table FILE]
 
 Every job is compiled as jaxent has it and as one would write it with jax.nn or optax, ahead of time for a described
 chip. For TPUs bytes and temporaries are the compiler's own figures; for a GPU bytes are the operands and results of
@@ -87,6 +87,14 @@ def devices_of(chip: str) -> Any:
     return described.devices
 
 
+def device_of(chip: str) -> Any:
+    """A mesh of one described device. Where it is set, Pallas knows for which chip it compiles."""
+    import jax
+    import numpy as np
+
+    return jax.sharding.Mesh(np.array(devices_of(chip)[:1]), ("one",))
+
+
 def jobs(axis: int, shape: tuple[int, ...], softmax_only: bool) -> dict[str, tuple[Any, Any, str]]:
     """Name -> as jaxent has it, as a peer has it, and a letter for each argument: x logits, y labels."""
     import jax
@@ -148,9 +156,8 @@ def jobs(axis: int, shape: tuple[int, ...], softmax_only: bool) -> dict[str, tup
 def cells(chip: str) -> Iterator[Cell]:
     """All jobs at all shapes in both dtypes."""
     import jax
-    import numpy as np
 
-    mesh = jax.sharding.Mesh(np.array(devices_of(chip)[:1]), ("one",))
+    mesh = device_of(chip)
     sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
     for dtype in DTYPES:
         for shape, axis in SHAPES.items():
@@ -158,7 +165,8 @@ def cells(chip: str) -> Iterator[Cell]:
             y = jax.ShapeDtypeStruct(shape[:axis] + shape[axis + 1 :], "int32", sharding=sharding)
             for name, (*both, letters) in jobs(axis, shape, shape[-1] == 2048).items():
                 arguments = [{"x": x, "y": y}[letter] for letter in letters]
-                (ours, of_ours), (theirs, of_theirs) = (counted(chip, f, arguments) for f in both)
+                with jax.set_mesh(mesh):
+                    (ours, of_ours), (theirs, of_theirs) = (counted(chip, f, arguments) for f in both)
                 yield Cell(chip, name, shape, dtype, ours, theirs, of_ours, of_theirs)
 
 
@@ -261,7 +269,7 @@ def main() -> None:
     """Compile, print, compare."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("platform", choices=["tpu", "gpu"])
-    parser.add_argument("--chips", nargs="+", choices=list(TOPOLOGIES), default=["v5e", "v6e", "v7x"])
+    parser.add_argument("--chips", nargs="+", choices=list(TOPOLOGIES), default=list(TOPOLOGIES))
     action = parser.add_mutually_exclusive_group()
     action.add_argument("--check", action="store_true", help="fail where a figure is worse than it may be")
     action.add_argument("--write", action="store_true", help="store the figures in compiled.json")

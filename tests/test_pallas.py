@@ -13,7 +13,7 @@ from conftest import interpret
 
 import jaxent
 from jaxent._class_axis import ClassAxis
-from jaxent._kernels import gpu, tpu, xla
+from jaxent._kernels import gpu, tpu, tpu_columns, tpu_lanes, tpu_parts, xla
 from jaxent._kernels.rows import FUNCTIONS
 
 pytestmark = pytest.mark.more(cases=2)
@@ -21,6 +21,8 @@ pytestmark = pytest.mark.more(cases=2)
 # One row; rows that fill no tile, in one batch and in several; several groups of a block, and a last one in part;
 # a part of a part, one and several, and steps of them.
 SHAPES = [(257,), (17, 1009), (3, 21, 300), (1500, 256), (9, 5000)]
+# With the class axis: rows across the lanes, and classes across the sublanes, or before rows of two axes.
+COLUMNS = [((1152, 300), 1), ((3, 37, 256), 1), ((2, 21, 40, 130), 1), ((2, 24, 128, 19), 3), ((70, 4, 256), 0)]
 DTYPES = ["float32", "bfloat16"]
 ULP = {"float32": 2.0**-23, "bfloat16": 2.0**-8}
 
@@ -29,7 +31,7 @@ ULP = {"float32": 2.0**-23, "bfloat16": 2.0**-8}
 def interpreted(monkeypatch):
     for machine in (tpu, gpu):
         monkeypatch.setattr(machine, "INTERPRET", True)
-    monkeypatch.setattr(tpu, "STEP", 32)  # shorter programs, and loops at fewer classes
+    monkeypatch.setattr(tpu_parts, "STEP", 32)  # shorter programs, and loops at fewer classes
     monkeypatch.setattr(gpu, "BLOCK", 1024)
 
 
@@ -57,17 +59,36 @@ def _arrays(shape, dtype):
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("machine", [tpu, gpu], ids=["tpu", "gpu"])
 def test_it_computes_what_the_plain_form_does(machine, shape, dtype):
-    arrays, axis = _arrays(shape, dtype), ClassAxis(len(shape) - 1)
-    known = np.isfinite(np.max(np.float64(arrays["x"]), -1))
+    _compare(machine, shape, len(shape) - 1, dtype)
+
+
+@pytest.mark.more
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("shape", "axis"), COLUMNS, ids=str)
+def test_rows_across_the_lanes(monkeypatch, shape, axis, dtype):
+    monkeypatch.setattr(tpu_lanes, "call", None)  # nobody asks it
+    monkeypatch.setattr(tpu_columns, "BLOCK", 2**19)  # several blocks
+    _compare(tpu, shape, axis, dtype)
+
+
+def test_classes_across_the_lanes_are_no_last_axis():
+    _compare(tpu, (384, 24), 0, "float32")
+
+
+def _compare(machine, shape, axis, dtype):
+    last = (*shape[:axis], *shape[axis + 1 :], shape[axis])
+    arrays = {k: np.moveaxis(a, -1, axis) if k in "xt" else a for k, a in _arrays(last, dtype).items()}
+    known = np.isfinite(np.max(np.float64(arrays["x"]), axis))
     for name, function in FUNCTIONS.items():
         # What a loss's pullback asks for: half precision in, and float32 out.
         out = "float32" if len(shape) == 1 else dtype
         options = {"dtype": jnp.dtype(out)} if function.entry else {}
         options |= {"stats": True} if function.stats else {}
+        options["axis"] = ClassAxis(axis)
         args = [jnp.asarray(arrays[a]) for a in function.arguments]
-        assert machine.refusal(name, *args, axis=axis, **options) is None
-        got = jax.jit(functools.partial(getattr(machine, name), axis=axis, **options))(*args)
-        want = getattr(xla, name)(*args, axis=axis, **options)
+        assert machine.refusal(name, *args, **options) is None
+        got = jax.jit(functools.partial(getattr(machine, name), **options))(*args)
+        want = getattr(xla, name)(*args, **options)
         for g, w in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
             assert (g.dtype, g.shape) == (w.dtype, w.shape), name
             if g.dtype == np.int32:  # the largest class of a row that has one
@@ -75,10 +96,8 @@ def test_it_computes_what_the_plain_form_does(machine, shape, dtype):
                 continue
             g, w = np.float64(g), np.float64(w)
             # Sums of terms of both signs are as exact as their largest term is.
-            scale, ulp = (
-                np.max(np.abs(w), where=np.isfinite(w), initial=0.0),
-                ULP[out if g.shape == shape else "float32"],
-            )
+            scale = np.max(np.abs(w), where=np.isfinite(w), initial=0.0)
+            ulp = ULP[out if g.shape == shape else "float32"]
             np.testing.assert_allclose(g, w, rtol=16 * ulp, atol=8 * max(ulp, 2.0**-23) * scale, err_msg=name)
 
 
@@ -96,17 +115,38 @@ def test_where_the_plain_form_serves(machine):
         for dtype in DTYPES:
             assert _asked(machine, shape, dtype) is None
     assert "fewer than 512 classes" in _asked(machine, (65536, 384))
-    assert "not the last" in _asked(machine, (8, 512, 512), axis=1)
     assert "nothing to compute" in _asked(machine, (0, 512))
     assert "it computes float32" in _asked(machine, (8, 512), "float8_e4m3fn")
 
 
 def test_where_the_plain_form_serves_on_one_of_them():
-    assert "no multiple of 128" in _asked(tpu, (4096, 50257))
     assert "lie side by side" in _asked(tpu, (64, 5, 512))
     assert "does not fit" in _asked(tpu, (8, 2**20))
     assert "it computes float32 and bfloat16 only" in _asked(tpu, (8, 512), "float16")
+    assert "fewer than 512 classes" in _asked(tpu, (65536, 10))
+    assert "fewer than 16 classes" in _asked(tpu, (8, 10, 512, 512), axis=1)
+    assert "rows lie across the lanes" in _asked(tpu, (8, 1024, 50257), "bfloat16")
+    assert "not the last" in _asked(gpu, (8, 512, 512), axis=1)
     assert "more than 2147483647 logits" in _asked(gpu, (2**16, 2**15))
+
+
+@pytest.mark.parametrize(
+    ("shape", "axis", "form"),
+    [
+        ((8192, 32000), 1, tpu_lanes),  # as XLA lays it out with the least padding
+        ((8192, 1000), 1, tpu_columns),
+        ((100, 1000), 1, tpu_lanes),
+        ((1, 4096, 50257), 2, tpu_columns),
+        ((8, 1024, 1000), 2, tpu_columns),
+        ((8, 21, 512, 512), 1, tpu_columns),
+        ((16, 512, 512, 21), 3, tpu_columns),
+        ((4, 32, 2048), 1, tpu_columns),
+        ((512, 24), 0, tpu_lanes),
+    ],
+)
+def test_the_kernel_is_for_the_layout(shape, axis, form):
+    x = jax.ShapeDtypeStruct(shape, "bfloat16")
+    assert tpu._form("softmax", (x,), axis, x.dtype)[0] is form
 
 
 def test_they_are_imported_when_they_serve_only():

@@ -22,7 +22,7 @@ from .rows import refusal as refusal_of_any
 
 INTERPRET: Any = False  # tests run the kernels on CPUs
 BLOCK = 8192  # classes, at most
-ENTRIES = 8  # of a block that a thread has
+ENTRIES = 8  # of a block that a thread has; half of them, of two arrays in a loop, so that its registers suffice
 WARP = 32
 LARGEST = 2**31 - 1  # entries that indices of 32 bits count
 LEAST_CLASSES = 512
@@ -91,7 +91,8 @@ def _function(name: str) -> Callable[..., Any]:
         del axis
         function, shape = function_of(name, stats), arrays[0].shape
         rows, classes = math.prod(shape[:-1]), shape[-1]
-        block = min(BLOCK, pl.next_power_of_2(classes))
+        of_thread = ENTRIES if classes <= BLOCK or "t" not in function.arguments else ENTRIES // 2
+        block = min(BLOCK * of_thread // ENTRIES, pl.next_power_of_2(classes))
 
         def laid_out(x: jax.Array, kind: str) -> jax.Array:
             if kind in "xt":
@@ -104,7 +105,7 @@ def _function(name: str) -> Callable[..., Any]:
             partial(_kernel, function, classes, block),
             out_shape=[struct(*out_shapes[kind], *arrays) for kind in function.results],
             grid=(rows,),
-            compiler_params=plgpu.CompilerParams(num_warps=max(1, block // (WARP * ENTRIES)), num_stages=1),
+            compiler_params=plgpu.CompilerParams(num_warps=max(1, block // (WARP * of_thread)), num_stages=1),
             name=f"jaxent_{name}",
             interpret=INTERPRET,
         )(*(laid_out(x, kind) for x, kind in zip(arrays, function.arguments, strict=True)))
@@ -133,7 +134,9 @@ def refusal(_: str, x: Any, *others: Any, axis: ClassAxis, dtype: DTypeLike = jn
         return why_not
     if math.prod(x.shape) > LARGEST:
         return f"there are more than {LARGEST} logits"
-    return refusal_of_any(("float32", "bfloat16", "float16"), x, *others, axis=axis, dtype=dtype)
+    if axis.index != x.ndim - 1:
+        return "the class axis is not the last"
+    return refusal_of_any(("float32", "bfloat16", "float16"), x, *others, dtype=dtype)
 
 
 def unasked(_: str, x: Any, *__: Any, **___: Any) -> str | None:

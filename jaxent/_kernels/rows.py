@@ -14,8 +14,6 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float
 
-from .._class_axis import ClassAxis
-
 Entries = Float[Array, "..."]  # of some classes of some rows
 Row = Float[Array, "..."]  # a number for each row, or the same number for all of its entries
 Sums: TypeAlias = tuple[Entries, ...]
@@ -95,13 +93,11 @@ def grouped(function: Function, refs: tuple[Any, ...]) -> tuple[list[Any], ...]:
     )
 
 
-def refusal(floats: tuple[str, ...], x: Any, *others: Any, axis: ClassAxis, dtype: DTypeLike) -> str | None:
+def refusal(floats: tuple[str, ...], x: Any, *others: Any, dtype: DTypeLike) -> str | None:
     """Why no such kernel takes such arguments; `floats` are what it can compute."""
     wide = (jnp.dtype(dtype), *(a.dtype for a in (x, *others) if a.ndim == x.ndim))
     if any(x.name not in floats for x in wide):
         return f"it computes {' and '.join(floats)} only"
-    if axis.index != x.ndim - 1:
-        return "the class axis is not the last"
     return "there is nothing to compute" if 0 in x.shape else None
 
 

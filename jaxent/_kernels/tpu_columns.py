@@ -1,0 +1,189 @@
+"""Kernels for TPUs where rows lie across the lanes, and classes across the sublanes or before both.
+
+So XLA lays out the logits of 1,000 classes, or of images. A block has all classes of some tiles of rows, of which one
+is worked on at once, in parts of its classes, for its maximum, its sums and its entries (rows.py). What there is of
+each row fills a tile as the rows themselves do.
+"""
+
+import math
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+from jax.typing import DTypeLike
+
+from .rows import Function, Part, Rows, grouped, repeat, struct
+from .tpu_parts import BLOCK, LANES, SLACK, SUBLANES, Parts, parts, wide
+
+PART = 4  # registers of logits that are worked on at once
+ACROSS = 4  # registers across, at most, of as many logits as GROUP, or one
+GROUP = 512
+OF_ROWS = 64  # bytes for a row's numbers, twice
+
+
+class Plan(NamedTuple):
+    """How a block is worked on."""
+
+    order: tuple[int, ...]  # the axes as they lie, those of sublanes and lanes at the end
+    classes: int  # their axis
+    tile: tuple[int, ...]  # rows at once, along the last axes
+    tiles: tuple[int, ...]  # of a block
+    parts: Parts
+    keeps: bool  # the exponentials, which are computed once, then
+    buffers: int  # for each array, so that copies wait for no arithmetic
+    memory: int  # in bytes
+
+    @property
+    def block(self) -> dict[int, int]:
+        """Sizes by axis, of those that a block has more than one of."""
+        sides = (t * n for t, n in zip(self.tile, self.tiles, strict=True))
+        return dict(zip(self.order[-len(self.tile) :], sides, strict=True)) | {self.classes: self.parts.classes}
+
+
+def plan(
+    function: Function, shape: tuple[int, ...], classes: int, sides: tuple[int, int], entry: int, most: int
+) -> Plan | None:
+    """For axes of sublanes and lanes, and entries of so many bytes; None if one tile does not fit fast memory."""
+    order = (*(axis for axis in range(len(shape)) if axis not in sides), *sides)
+    flat = sides[0] == classes
+    rows = [shape[axis] for axis in sides if axis != classes]
+    if flat:
+        lanes = max(1, min(ACROSS, GROUP * SUBLANES // shape[classes], pl.cdiv(rows[0], LANES))) * LANES
+        tile, least = (lanes,), lanes
+    else:
+        tile = (min(2 * SUBLANES, rows[0]), LANES)
+        least = pl.cdiv(tile[0], SUBLANES) * SUBLANES * LANES
+    column = pl.cdiv(shape[classes], 2 * SUBLANES) * 2 * SUBLANES if flat else shape[classes]
+    whole = [pl.cdiv(n, t) for n, t in zip(rows, tile, strict=True)]
+    across = max(1, min(whole[-1], BLOCK // (entry * column * least)))
+    tiles = (across,) if flat else (max(1, min(whole[0], BLOCK // (entry * column * least * across))), across)
+    part = max(SUBLANES if flat else 1, PART * SUBLANES * LANES // least)
+    for buffers, keeps in ((2, function.keeps), (2, False), (1, False)):
+        of_row = column * (buffers * entry + 4 * keeps) + OF_ROWS
+        memory = math.prod(tiles) * least * of_row + SLACK
+        if memory <= most:
+            walk = parts(shape[classes], part, least, axis=0)
+            return Plan(order, classes, tile, tiles, walk, keeps, buffers, memory)
+    return None
+
+
+def _kernel(function: Function, plan: Plan, *refs: Any) -> None:
+    (logits, *other), labels, given, out_rows, out, predicted = grouped(function, refs)
+    exponentials = refs[-1] if plan.keeps else None
+
+    def work(i: Any, _: Any) -> Any:
+        rows = _rows(plan, i)
+
+        def row(ref: Any) -> jax.Array:
+            return ref[(slice(0, 1), *rows)]
+
+        def group(ref: Any, first: Any, width: int) -> Any:
+            return ref.at[(pl.ds(first, width), *rows)]
+
+        def load(ref: Any, first: Any, width: int) -> jax.Array:
+            return wide(group(ref, first, width)[...])
+
+        def shape(width: int) -> tuple[int, ...]:
+            return width, *plan.tile
+
+        def maximum(first: Any, width: int, so_far: Any) -> Any:
+            return (jnp.maximum(so_far[0], load(logits, first, width)),)
+
+        m = plan.parts.fold(maximum, shape, 1, -jnp.inf, jnp.max, jnp.maximum)[0]
+        position = {w: jax.lax.broadcasted_iota(jnp.int32, shape(w), 0) for w in plan.parts.widths}
+        from_label = {w: row(labels[0]) - p for w, p in position.items()} if labels else {}
+
+        def part(first: Any, width: int, again: bool) -> Part:
+            x = load(logits, first, width)
+            t = load(other[0], first, width) if other else None
+            kept = None if exponentials is None else group(exponentials, first, width)
+            e = kept[...] if again and kept is not None else jnp.exp(x - m)
+            if kept is not None and not again:
+                kept[...] = e
+            return Part(x, m, e, t, from_label[width] == first if labels else None)
+
+        def collect(first: Any, width: int, so_far: Any) -> Any:
+            return function.collect(part(first, width, again=False), *so_far)
+
+        def here(first: Any, width: int, so_far: Any) -> Any:
+            at = (position[width] + first).astype(jnp.float32)
+            return (jnp.minimum(so_far[0], jnp.where(load(logits, first, width) == m, at, jnp.inf)),)
+
+        sums = plan.parts.fold(collect, shape, function.sums, 0.0, jnp.sum, jnp.add)
+        known = Rows(m, plan.parts.classes, tuple(map(row, given)))
+        results, coefficients = function.finish(known, *sums)
+        for ref, result in zip(out_rows, results, strict=False):
+            ref[(slice(0, 1), *rows)] = result
+        for ref in predicted:
+            ref[(slice(0, 1), *rows)] = plan.parts.fold(here, shape, 1, jnp.inf, jnp.min, jnp.minimum)[0]
+        entry = function.entry
+        if entry is None:
+            return _
+
+        def write(first: Any, width: int) -> None:
+            entries = entry(part(first, width, again=True), *coefficients)
+            group(out[0], first, width)[...] = entries.astype(out[0].dtype)
+
+        plan.parts.each(write)
+        return _
+
+    repeat(math.prod(plan.tiles), work, 0)
+
+
+def _rows(plan: Plan, i: Any) -> tuple[Any, ...]:
+    """Where the rows of tile `i` of a block lie."""
+    places = []
+    for size, count in zip(plan.tile[::-1], plan.tiles[::-1], strict=True):
+        start = pl.multiple_of(jax.lax.rem(i, count) * size, size) if count > 1 else 0
+        places.insert(0, pl.ds(start, size))
+        i = jax.lax.div(i, count) if count > 1 else i
+    return tuple(places)
+
+
+def call(
+    name: str, function: Function, plan: Plan, arrays: tuple[jax.Array, ...], dtype: DTypeLike, interpret: Any
+) -> tuple[jax.Array, ...]:
+    """The results of a row function."""
+    axis, shape, block = plan.classes, arrays[0].shape, plan.block
+    order = plan.order
+    grid = tuple(pl.cdiv(shape[a], block.get(a, 1)) for a in order if a != axis)
+    sizes = tuple(shape[a] for a in order)
+
+    def place(*indices: Any) -> tuple[Any, ...]:
+        left = iter(indices)
+        return tuple(0 if a == axis else next(left) for a in order)
+
+    mode = {} if plan.buffers > 1 else {"pipeline_mode": pl.Buffered(plan.buffers)}
+    by_entry = pl.BlockSpec(tuple(block.get(a) for a in order), place, **mode)
+    by_row = pl.BlockSpec(tuple(1 if a == axis else block.get(a) for a in order), place)
+    entries = struct(sizes, dtype, *arrays)
+    numbers = struct(tuple(1 if a == axis else shape[a] for a in order), jnp.float32, *arrays)
+
+    def laid_out(x: jax.Array, kind: str) -> jax.Array:
+        return (x if kind in "xt" else jnp.expand_dims(x, axis)).transpose(order)
+
+    def as_given(x: jax.Array, kind: str) -> jax.Array:
+        x = x.transpose([order.index(a) for a in range(len(order))])
+        return x if kind == "o" else x.squeeze(axis)
+
+    moved = sum(math.prod(s.shape) * s.dtype.itemsize for s in (*arrays, entries)[: None if function.entry else -1])
+    out = pl.pallas_call(
+        partial(_kernel, function, plan),
+        out_shape=[entries if kind == "o" else numbers for kind in function.results],
+        grid=grid,
+        in_specs=[by_entry if kind in "xt" else by_row for kind in function.arguments],
+        out_specs=[by_entry if kind == "o" else by_row for kind in function.results],
+        scratch_shapes=[pltpu.VMEM(tuple(block[a] for a in order if a in block), jnp.float32)] * plan.keeps,
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel",) * len(grid), vmem_limit_bytes=plan.memory
+        ),
+        cost_estimate=pl.CostEstimate(
+            flops=10 * math.prod(shape), transcendentals=math.prod(shape), bytes_accessed=moved
+        ),
+        name=f"jaxent_{name}",
+        interpret=interpret,
+    )(*map(laid_out, arrays, function.arguments))
+    return tuple(map(as_given, out, function.results))
