@@ -99,11 +99,14 @@ def _by(name, implementation):
     return asked
 
 
-PALLAS = os.environ.get("JAXENT_PALLAS")  # "tpu" or "gpu", whose kernels are then interpreted, in some more minutes
+PALLAS = os.environ.get("JAXENT_PALLAS")  # "tpu" or "gpu", whose kernels a CPU then interprets in all tests
 
 
 def _served(name):
-    why_not = {"native": native.unavailable(), "pallas": None if PALLAS else "JAXENT_PALLAS is not set"}.get(name)
+    if PALLAS:
+        why_not = None if name == "pallas" else "JAXENT_PALLAS is set"
+    else:
+        why_not = {"native": native.unavailable(), "pallas": "JAXENT_PALLAS is not set"}.get(name)
     return pytest.param(name, marks=pytest.mark.skipif(why_not is not None, reason=f"{name}: {why_not}"))
 
 
@@ -115,6 +118,13 @@ def interpret(patch, machine):
     patch.setitem(kernels.MACHINES, "cpu", kernels.Machine(module.__name__, "pallas"))
     jax.clear_caches()
     return module
+
+
+@pytest.fixture(scope="session", autouse=PALLAS is not None)
+def _interpreted():
+    with pytest.MonkeyPatch.context() as patch:
+        interpret(patch, PALLAS)
+        yield
 
 
 @pytest.fixture
@@ -130,10 +140,7 @@ def accelerators(monkeypatch):
 def implementation(request):
     """A module that uses this runs once for each implementation, asked for by name."""
     with pytest.MonkeyPatch.context() as patch:
-        asked = request.param
-        if asked == "pallas":
-            interpret(patch, PALLAS)
-            asked = None  # the rest is XLA's
+        asked = None if request.param == "pallas" else request.param  # the rest is XLA's then
         for name in ("softmax", "log_softmax", "cross_entropy", "linear_cross_entropy"):
             patch.setattr(jaxent, name, _by(name, asked))
         yield request.param

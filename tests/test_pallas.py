@@ -10,6 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import interpret
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
 
 import jaxent
 from jaxent._class_axis import ClassAxis
@@ -69,6 +71,24 @@ def test_rows_across_the_lanes(monkeypatch, shape, axis, dtype):
     monkeypatch.setattr(tpu_lanes, "call", None)  # nobody asks it
     monkeypatch.setattr(tpu_columns, "BLOCK", 2**19)  # several blocks
     _compare(tpu, shape, axis, dtype)
+
+
+@pytest.mark.parametrize(("shape", "axis"), [((40, 300), 1), ((300, 300), 1), ((2, 11, 20, 130), 1)], ids=str)
+def test_nothing_is_read_beyond_arrays_and_nothing_races(monkeypatch, capfd, shape, axis):
+    monkeypatch.setattr(tpu, "INTERPRET", pltpu.InterpretParams(detect_races=True))
+    for form in (tpu_lanes, tpu_columns):
+        monkeypatch.setattr(form, "BLOCK", 2**17)  # several blocks, the last one in part
+    _compare(tpu, shape, axis, "bfloat16")
+    assert "RACE" not in "".join(capfd.readouterr())
+
+
+def test_a_read_beyond_an_array_is_seen():
+    def kernel(x, out):
+        out[...] = x[pl.ds(x[0, 0].astype(jnp.int32), 8)]
+
+    beyond = pl.pallas_call(kernel, jax.ShapeDtypeStruct((8, 128), "float32"), interpret=pltpu.InterpretParams())
+    with pytest.raises(Exception, match="ut-of-bounds"):
+        jax.block_until_ready(beyond(jnp.full((8, 128), 5.0)))
 
 
 def test_classes_across_the_lanes_are_no_last_axis():
@@ -149,6 +169,19 @@ def test_where_the_plain_form_serves_on_one_of_them():
 def test_the_kernel_is_for_the_layout(shape, axis, form):
     x = jax.ShapeDtypeStruct(shape, "bfloat16")
     assert tpu._form("softmax", (x,), axis, x.dtype)[0] is form
+
+
+@pytest.mark.parametrize(
+    ("platform", "shape"), [("tpu", (32, 512)), ("tpu", (256, 1000)), ("cuda", (8, 20000))], ids=str
+)
+def test_they_lower_where_numbers_have_64_bits(monkeypatch, platform, shape):
+    for machine in (tpu, gpu):
+        monkeypatch.setattr(machine, "INTERPRET", False)
+    monkeypatch.setattr(gpu, "unavailable", lambda: None)
+    with jax.enable_x64(True):
+        arguments = jax.ShapeDtypeStruct(shape, "float32"), jax.ShapeDtypeStruct(shape[:1], "int64")
+        traced = jax.jit(jax.value_and_grad(functools.partial(jaxent.cross_entropy, implementation="pallas"))).trace
+        assert "jaxent_label_loss" in traced(*arguments).lower(lowering_platforms=(platform,)).as_text()
 
 
 def test_they_are_imported_when_they_serve_only():

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import PALLAS
 from jax import export, lax
 from jax.experimental import jet
 from jax.test_util import check_grads
@@ -453,6 +454,7 @@ def test_jet(name, x):
     _close(third, along(along(along(f)))(x), 1e-2)
 
 
+@pytest.mark.skipif(PALLAS == "tpu", reason="a CPU that interprets a kernel makes its logits inside of it")
 @pytest.mark.parametrize("scale", [3e9, 1e12, 1e18])
 @pytest.mark.parametrize("axis", [0, 1])
 def test_z_loss_of_logits_made_as_a_product(scale, axis):

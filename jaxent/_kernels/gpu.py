@@ -36,7 +36,7 @@ def _kernel(function: Function, classes: int, block: int, *refs: Any) -> None:
     y = labels[0][row] if labels else None
 
     def place(i: Any) -> Any:
-        return row, pl.ds(i * block, block)
+        return row, pl.ds(jnp.asarray(i, jnp.int32) * block, block)
 
     def load(i: Any) -> tuple[Any, list[jax.Array]]:
         """Which classes of a block there are, and what they have."""
@@ -101,14 +101,16 @@ def _function(name: str) -> Callable[..., Any]:
             return (jnp.clip(x, -1, classes).astype(jnp.int32) if narrowed else x).reshape(rows)
 
         out_shapes = {"o": ((rows, classes), dtype), "s": ((rows,), jnp.float32), "p": ((rows,), jnp.int32)}
-        out = pl.pallas_call(
-            partial(_kernel, function, classes, block),
-            out_shape=[struct(*out_shapes[kind], *arrays) for kind in function.results],
-            grid=(rows,),
-            compiler_params=plgpu.CompilerParams(num_warps=max(1, block // (WARP * of_thread)), num_stages=1),
-            name=f"jaxent_{name}",
-            interpret=INTERPRET,
-        )(*(laid_out(x, kind) for x, kind in zip(arrays, function.arguments, strict=True)))
+        given = tuple(map(laid_out, arrays, function.arguments))
+        with jax.enable_x64(False):  # as is done on TPUs, where indices of 64 bits do not compile
+            out = pl.pallas_call(
+                partial(_kernel, function, classes, block),
+                out_shape=[struct(*out_shapes[kind], *arrays) for kind in function.results],
+                grid=(rows,),
+                compiler_params=plgpu.CompilerParams(num_warps=max(1, block // (WARP * of_thread)), num_stages=1),
+                name=f"jaxent_{name}",
+                interpret=INTERPRET,
+            )(*given)
         results = tuple(
             x.reshape(shape if kind == "o" else shape[:-1]) for x, kind in zip(out, function.results, strict=True)
         )

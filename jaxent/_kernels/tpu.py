@@ -92,7 +92,9 @@ def _function(name: str) -> Callable[..., Any]:
             x = x.reshape(axis.rows(shape))
             return jnp.where(x < classes, x, 0.0).astype(jnp.int32) if kind == "p" else x
 
-        found = form.call(name, function, plan, tuple(map(as_seen, arrays, function.arguments)), dtype, INTERPRET)
+        given = tuple(map(as_seen, arrays, function.arguments))
+        with jax.enable_x64(False):  # indices of 64 bits do not compile
+            found = form.call(name, function, plan, given, dtype, INTERPRET)
         results = tuple(map(as_given, found, function.results))
         return results[0] if len(results) == 1 else results
 
