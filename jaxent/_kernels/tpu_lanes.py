@@ -1,8 +1,9 @@
 """Kernels for TPUs where classes lie across the lanes: blocks of whole rows in fast memory.
 
 A block is worked on in groups of rows, and a group in parts of its classes, for its maximum, its sums and its entries
-(rows.py). What there is of each row, its label or its sum, lies across the lanes of an array of (rows of a group,
-groups), a column a group: so the arithmetic of rows is done for all of them at once, and they take little memory.
+(rows.py). What there is of each row, its label or its sum, is an array of (rows of a group, groups) while it is worked
+with, a column a group: so the arithmetic of rows is done for all of them at once. In memory it lies the other way
+round, where it takes less room.
 """
 
 import math
@@ -94,7 +95,7 @@ class _Block(NamedTuple):
         """What gives the parts of a group, for the first time or again."""
         plan, m_of, labels_of = self.plan, _spread(self.plan, m), {}
         if self.labels is not None:
-            y = _column(self.labels[...], i).astype(jnp.int32)
+            y = _column(self.labels, i).astype(jnp.int32)
             labels_of = {w: y - jax.lax.broadcasted_iota(jnp.int32, m_of[w].shape, 1) for w in m_of}
 
         def part(first: Any, width: int) -> Part:
@@ -131,8 +132,9 @@ def _is_column(rows: jax.Array, i: Any) -> jax.Array:
 
 def _kernel(function: Function, plan: Plan, *refs: Any) -> None:
     (logits, *other), labels, given, out_rows, out, predicted = grouped(function, refs)
+    of_rows = tuple(ref[...].T for ref in given)
     block = _Block(
-        plan, logits, other[0] if other else None, labels[0] if labels else None, refs[-1] if plan.keeps else None
+        plan, logits, other[0] if other else None, of_rows[0] if labels else None, refs[-1] if plan.keeps else None
     )
 
     def collect(i: Any, rows: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
@@ -149,17 +151,17 @@ def _kernel(function: Function, plan: Plan, *refs: Any) -> None:
     nothing = jnp.zeros((plan.group, plan.groups), jnp.float32)
     largest, *collected = repeat(plan.groups, collect, (nothing,) * (1 + function.sums + len(predicted)))
     sums, first = collected[: function.sums], collected[function.sums :]
-    results, of_rows = function.finish(Rows(largest, plan.parts.classes, tuple(ref[...] for ref in given)), *sums)
+    results, coefficients = function.finish(Rows(largest, plan.parts.classes, of_rows), *sums)
     for ref, result in zip((*out_rows, *predicted), (*results[: len(out_rows)], *first), strict=True):
-        ref[...] = result
+        ref[...] = result.T
     entry = function.entry
     if entry is None:
         return
 
     def write(i: Any, _: Any) -> Any:
-        m, *coefficients = (_column(x, i) for x in (largest, *of_rows))
+        m, *columns = (_column(x, i) for x in (largest, *coefficients))
         part = block.parts(i, m, again=True)
-        spread = [_spread(plan, x) for x in coefficients]
+        spread = [_spread(plan, x) for x in columns]
 
         def visit(first: Any, width: int) -> None:
             entries = entry(part(first, width), *(x[width] for x in spread))
@@ -179,9 +181,9 @@ def call(
     batch, rows, classes = _sides(shape)
     blocks = pl.cdiv(rows, plan.rows)
     by_entry = pl.BlockSpec((None, plan.rows, classes), _place_of_entries)
-    by_row = pl.BlockSpec((None, None, plan.group, plan.groups), _place_of_rows)
+    by_row = pl.BlockSpec((None, None, plan.groups, plan.group), _place_of_rows)
     entries = struct((batch, rows, classes), dtype, *arrays)
-    numbers = struct((batch, blocks, plan.group, plan.groups), jnp.float32, *arrays)
+    numbers = struct((batch, blocks, plan.groups, plan.group), jnp.float32, *arrays)
 
     def laid_out(x: jax.Array, kind: str) -> jax.Array:
         if kind in "xt":
@@ -189,12 +191,12 @@ def call(
         # Labels are numbers, too, which have room for 2 ** 24 of them.
         x = (jnp.clip(x, -1, classes) if kind == "y" else x).astype(jnp.float32)
         x = jnp.pad(x.reshape(batch, rows), ((0, 0), (0, blocks * plan.rows - rows)))
-        return x.reshape(batch, blocks, plan.groups, plan.group).swapaxes(2, 3)
+        return x.reshape(batch, blocks, plan.groups, plan.group)
 
     def as_given(x: jax.Array, kind: str) -> jax.Array:
         if kind == "o":
             return x.reshape(shape)
-        return x.swapaxes(2, 3).reshape(batch, -1)[:, :rows].reshape(shape[:-1])
+        return x.reshape(batch, -1)[:, :rows].reshape(shape[:-1])
 
     moved = sum(math.prod(s.shape) * s.dtype.itemsize for s in (*arrays, entries)[: None if function.entry else -1])
     out = pl.pallas_call(
