@@ -1,9 +1,9 @@
 """Kernels for TPUs where classes lie across the lanes: blocks of whole rows in fast memory.
 
 A block is worked on in groups of rows, and a group in parts of its classes, for its maximum, its sums and its entries
-(rows.py). What there is of each row, its label or its sum, is an array of (rows of a group, groups) while it is worked
-with, a column a group: so the arithmetic of rows is done for all of them at once. In memory it lies the other way
-round, where it takes less room.
+(rows.py). What there is of each row, its label or its sum, is an array of (rows of a group, groups) while it is
+worked with, a column a group: so the arithmetic of rows is done for all of them at once. In memory it lies the other
+way round, where it takes less room.
 """
 
 import math
