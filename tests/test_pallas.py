@@ -95,6 +95,16 @@ def test_classes_across_the_lanes_are_no_last_axis():
     _compare(tpu, (384, 24), 0, "float32")
 
 
+@pytest.mark.more
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("shape", "axis"), [((300, 10), 1), ((2, 21, 5, 70), 1), ((130, 9), 0), ((5, 400), 1), ((3, 1, 7), 1)], ids=str
+)
+def test_several_rows_a_program(monkeypatch, shape, axis, dtype):
+    monkeypatch.setattr(gpu, "_call", None)  # nobody asks it
+    _compare(gpu, shape, axis, dtype)
+
+
 def _compare(machine, shape, axis, dtype):
     last = (*shape[:axis], *shape[axis + 1 :], shape[axis])
     arrays = {k: np.moveaxis(a, -1, axis) if k in "xt" else a for k, a in _arrays(last, dtype).items()}

@@ -1,6 +1,6 @@
 """Kernels for GPUs, by Pallas and Triton: a program for each row, which goes over it in blocks of its classes.
 
-A row of one block is read once and stays in registers. A longer one is read three times in a row by the same program,
+Where classes are few, or not the last axis, gpu_few.py has the kernel. A row of one block is read once and stays in registers. A longer one is read three times in a row by the same program,
 for its maximum, its sums and its entries (rows.py), and while few of them are under way, twice from the cache.
 """
 
@@ -16,7 +16,7 @@ from jax.experimental.pallas import triton as plgpu
 from jax.typing import DTypeLike
 
 from .._class_axis import ClassAxis
-from . import is_old_gpu
+from . import gpu_few, is_old_gpu
 from .rows import Function, Part, Rows, function_of, grouped, repeat, struct
 from .rows import refusal as refusal_of_any
 
@@ -26,6 +26,7 @@ ENTRIES = 8  # of a block that a thread has; half of them, of two arrays in a lo
 WARP = 32
 LARGEST = 2**31 - 1  # entries that indices of 32 bits count
 LEAST_CLASSES = 512
+LEAST_LOGITS = 2**18  # of fewer classes
 
 
 def _kernel(function: Function, classes: int, block: int, *refs: Any) -> None:
@@ -86,37 +87,53 @@ def _kernel(function: Function, classes: int, block: int, *refs: Any) -> None:
     repeat(blocks, write, None)
 
 
+def _call(
+    name: str, function: Function, arrays: tuple[jax.Array, ...], dtype: DTypeLike, interpret: Any
+) -> tuple[jax.Array, ...]:
+    """The results of a row function, whose classes are the last axis."""
+    shape = arrays[0].shape
+    rows, classes = math.prod(shape[:-1]), shape[-1]
+    of_thread = ENTRIES if classes <= BLOCK or "t" not in function.arguments else ENTRIES // 2
+    block = min(BLOCK * of_thread // ENTRIES, pl.next_power_of_2(classes))
+    shapes = {"o": ((rows, classes), dtype), "s": ((rows,), jnp.float32), "p": ((rows,), jnp.int32)}
+
+    def laid_out(x: jax.Array, kind: str) -> jax.Array:
+        return x.reshape((rows, classes) if kind in "xt" else rows)
+
+    found = pl.pallas_call(
+        partial(_kernel, function, classes, block),
+        out_shape=[struct(*shapes[kind], *arrays) for kind in function.results],
+        grid=(rows,),
+        compiler_params=plgpu.CompilerParams(num_warps=max(1, block // (WARP * of_thread)), num_stages=1),
+        name=f"jaxent_{name}",
+        interpret=interpret,
+    )(*map(laid_out, arrays, function.arguments))
+    return tuple(
+        x.reshape(shape if kind == "o" else shape[:-1]) for x, kind in zip(found, function.results, strict=True)
+    )
+
+
 def _function(name: str) -> Callable[..., Any]:
     def served(*arrays: jax.Array, axis: ClassAxis, dtype: DTypeLike = jnp.float32, stats: bool = False) -> Any:
-        del axis
-        function, shape = function_of(name, stats), arrays[0].shape
-        rows, classes = math.prod(shape[:-1]), shape[-1]
-        of_thread = ENTRIES if classes <= BLOCK or "t" not in function.arguments else ENTRIES // 2
-        block = min(BLOCK * of_thread // ENTRIES, pl.next_power_of_2(classes))
+        function, classes = function_of(name, stats), axis.size(arrays[0])
 
-        def laid_out(x: jax.Array, kind: str) -> jax.Array:
-            if kind in "xt":
-                return x.reshape(rows, classes)
-            narrowed = kind == "y" and x.dtype != jnp.int32
-            return (jnp.clip(x, -1, classes).astype(jnp.int32) if narrowed else x).reshape(rows)
+        def narrowed(x: jax.Array, kind: str) -> jax.Array:
+            return jnp.clip(x, -1, classes).astype(jnp.int32) if kind == "y" and x.dtype != jnp.int32 else x
 
-        out_shapes = {"o": ((rows, classes), dtype), "s": ((rows,), jnp.float32), "p": ((rows,), jnp.int32)}
-        given = tuple(map(laid_out, arrays, function.arguments))
+        given = tuple(map(narrowed, arrays, function.arguments))
         with jax.enable_x64(False):  # as is done on TPUs, where indices of 64 bits do not compile
-            out = pl.pallas_call(
-                partial(_kernel, function, classes, block),
-                out_shape=[struct(*out_shapes[kind], *arrays) for kind in function.results],
-                grid=(rows,),
-                compiler_params=plgpu.CompilerParams(num_warps=max(1, block // (WARP * of_thread)), num_stages=1),
-                name=f"jaxent_{name}",
-                interpret=INTERPRET,
-            )(*given)
-        results = tuple(
-            x.reshape(shape if kind == "o" else shape[:-1]) for x, kind in zip(out, function.results, strict=True)
-        )
+            if _are_few(arrays[0].shape, axis.index):
+                results = gpu_few.call(name, function, given, axis.index, dtype, INTERPRET)
+            else:
+                results = _call(name, function, given, dtype, INTERPRET)
         return results[0] if len(results) == 1 else results
 
     return served
+
+
+def _are_few(shape: tuple[int, ...], axis: int) -> bool:
+    """Whether programs have several rows."""
+    return axis != len(shape) - 1 or shape[axis] < LEAST_CLASSES
 
 
 def unavailable() -> str | None:
@@ -136,15 +153,15 @@ def refusal(_: str, x: Any, *others: Any, axis: ClassAxis, dtype: DTypeLike = jn
         return why_not
     if math.prod(x.shape) > LARGEST:
         return f"there are more than {LARGEST} logits"
-    if axis.index != x.ndim - 1:
-        return "the class axis is not the last"
+    if _are_few(x.shape, axis.index) and x.shape[axis.index] > gpu_few.MOST_CLASSES:
+        return f"there are more than {gpu_few.MOST_CLASSES} classes along an axis that is not the last"
     return refusal_of_any(("float32", "bfloat16", "float16"), x, *others, dtype=dtype)
 
 
-def unasked(_: str, x: Any, *__: Any, **___: Any) -> str | None:
+def unasked(_: str, x: Any, *__: Any, axis: ClassAxis, **___: Any) -> str | None:
     """Why it is XLA that computes what it could, unless somebody asks."""
-    few = x.shape[-1] < LEAST_CLASSES
-    return f"there are fewer than {LEAST_CLASSES} classes, too few for a program a row" if few else None
+    few = _are_few(x.shape, axis.index) and math.prod(x.shape) < LEAST_LOGITS
+    return f"there are fewer than {LEAST_CLASSES} classes and {LEAST_LOGITS} logits" if few else None
 
 
 softmax = _function("softmax")
