@@ -5,7 +5,8 @@
 cross_entropy with its gradient and log_softmax, beside optax's and jax.nn's, with the batch split, the classes, or
 both; under automatic and explicit sharding, and inside `jax.shard_map` where the classes are whole. A peer that
 raises under explicit sharding has no figure. `--check` fails where jaxent moves over 1.02 times what its peer does,
-or communicates anything but all-reduces. Needs what `compiled.py tpu` needs.
+communicates anything but all-reduces, or where no kernel serves whole rows that are not left to the compiler to cut.
+Needs what `compiled.py tpu` needs.
 """
 
 import argparse
@@ -90,7 +91,8 @@ def rows(shapes: list[tuple[int, int]], dtype: str) -> Iterator[tuple[str, bool]
                     known = f"{peer.mb:.1f}" if peer else why
                     row = f"| {name} | {shape[0]}x{shape[1]} | {split} | {way} | {own.mb:.1f} | {known} |"
                     row += f" {own.kernels} | {own.reduced} | {own.others} |"
-                    yield row, not own.others and (peer is None or own.mb <= 1.02 * peer.mb)
+                    served = own.kernels > 0 or spec[1] is not None or way == "automatic"
+                    yield row, served and not own.others and (peer is None or own.mb <= 1.02 * peer.mb)
 
 
 def main() -> None:

@@ -99,7 +99,7 @@ def _by(name, implementation):
     return asked
 
 
-PALLAS = os.environ.get("JAXENT_PALLAS")  # "tpu" or "gpu", whose kernels a CPU then interprets in all tests
+PALLAS = os.environ.get("JAXENT_PALLAS")  # "tpu" or "gpu", whose kernels a CPU then interprets wherever it can
 
 
 def _served(name):
@@ -120,7 +120,7 @@ def interpret(patch, machine):
     return module
 
 
-@pytest.fixture(scope="session", autouse=PALLAS is not None)
+@pytest.fixture(scope="session", autouse=bool(PALLAS))
 def _interpreted():
     with pytest.MonkeyPatch.context() as patch:
         interpret(patch, PALLAS)

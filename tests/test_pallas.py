@@ -75,11 +75,30 @@ def test_rows_across_the_lanes(monkeypatch, shape, axis, dtype):
 
 @pytest.mark.parametrize(("shape", "axis"), [((40, 300), 1), ((300, 300), 1), ((2, 11, 20, 130), 1)], ids=str)
 def test_nothing_is_read_beyond_arrays_and_nothing_races(monkeypatch, capfd, shape, axis):
-    monkeypatch.setattr(tpu, "INTERPRET", pltpu.InterpretParams(detect_races=True))
+    monkeypatch.setattr(tpu, "INTERPRET", pltpu.InterpretParams(detect_races=True, num_cores_or_threads=2))
     for form in (tpu_lanes, tpu_columns):
         monkeypatch.setattr(form, "BLOCK", 2**17)  # several blocks, the last one in part
     _compare(tpu, shape, axis, "bfloat16")
     assert "RACE" not in "".join(capfd.readouterr())
+
+
+def test_a_race_is_seen(capfd):
+    def kernel(x, out):
+        out[...] = x[...]
+
+    params = pltpu.CompilerParams(dimension_semantics=("parallel",))
+    spec, all_to_one = pl.BlockSpec((8, 128), lambda i: (i, 0)), pl.BlockSpec((8, 128), lambda i: (0, 0))
+    racing = pl.pallas_call(
+        kernel,
+        jax.ShapeDtypeStruct((8, 128), "float32"),
+        grid=(4,),
+        in_specs=[spec],
+        out_specs=all_to_one,
+        compiler_params=params,
+        interpret=pltpu.InterpretParams(detect_races=True, num_cores_or_threads=2),
+    )
+    jax.block_until_ready(racing(jnp.ones((32, 128))))
+    assert "RACE" in "".join(capfd.readouterr())
 
 
 def test_a_read_beyond_an_array_is_seen():
@@ -144,7 +163,7 @@ def test_where_the_plain_form_serves(machine):
     for shape in [(8192, 512), (8192, 128256), (4, 16, 2048, 2048), (4, 2047, 32000), (8, 262144), (32000,)]:
         for dtype in DTYPES:
             assert _asked(machine, shape, dtype) is None
-    assert "fewer than 512 classes" in _asked(machine, (65536, 384))
+    assert "fewer than 512 classes" in _asked(machine, (128, 384))
     assert "nothing to compute" in _asked(machine, (0, 512))
     assert "it computes float32" in _asked(machine, (8, 512), "float8_e4m3fn")
 
@@ -158,7 +177,9 @@ def test_where_the_plain_form_serves_on_one_of_them():
     assert "fewer than 512 classes" in _asked(tpu, (2, 3, 256, 256), axis=1)
     assert _asked(tpu, (65536, 100)) is _asked(tpu, (8, 3, 512, 512), axis=1) is None
     assert "rows lie across the lanes" in _asked(tpu, (8, 1024, 50257), "bfloat16")
-    assert "not the last" in _asked(gpu, (8, 512, 512), axis=1)
+    assert "65536 blocks of 8192 bytes are small" in _asked(tpu, (65536, 16, 128), "bfloat16", axis=1)
+    assert "along an axis that is not the last" in _asked(gpu, (8, 513, 512), axis=1)
+    assert _asked(gpu, (65536, 10)) is _asked(gpu, (8, 512, 512), axis=1) is None
     assert "more than 2147483647 logits" in _asked(gpu, (2**16, 2**15))
 
 
@@ -173,6 +194,7 @@ def test_where_the_plain_form_serves_on_one_of_them():
         ((8, 21, 512, 512), 1, tpu_columns),
         ((16, 512, 512, 21), 3, tpu_columns),
         ((4, 32, 2048), 1, tpu_columns),
+        ((64, 1024, 5001), 2, tpu_columns),  # 8 by 128 rows fit, 16 do not
         ((512, 24), 0, tpu_lanes),
     ],
 )

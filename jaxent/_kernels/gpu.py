@@ -1,7 +1,8 @@
 """Kernels for GPUs, by Pallas and Triton: a program for each row, which goes over it in blocks of its classes.
 
-Where classes are few, or not the last axis, gpu_few.py has the kernel. A row of one block is read once and stays in registers. A longer one is read three times in a row by the same program,
-for its maximum, its sums and its entries (rows.py), and while few of them are under way, twice from the cache.
+Where classes are few, or not the last axis, gpu_few.py has the kernel. A row of one block is read once and stays in
+registers. A longer one is read three times in a row by the same program, for its maximum, its sums and its entries
+(rows.py), and while few of them are under way, twice from the cache.
 """
 
 import math

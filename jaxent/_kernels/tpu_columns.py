@@ -22,6 +22,7 @@ PART = 4  # registers of logits that are worked on at once
 ACROSS = 4  # registers across, at most, of as many logits as GROUP, or one
 GROUP = 512
 OF_ROWS = 64  # bytes for a row's numbers, twice
+LEAST_BLOCK = 2**18  # bytes in and out that take as long as the start of a block
 
 
 class Plan(NamedTuple):
@@ -35,6 +36,7 @@ class Plan(NamedTuple):
     keeps: bool  # the exponentials, which are computed once, then
     buffers: int  # for each array, so that copies wait for no arithmetic
     memory: int  # in bytes
+    copied: int  # bytes in and out, of a block
 
     @property
     def block(self) -> dict[int, int]:
@@ -48,26 +50,34 @@ def plan(
 ) -> Plan | None:
     """For axes of sublanes and lanes, and entries of so many bytes; None if one tile does not fit fast memory."""
     order = (*(axis for axis in range(len(shape)) if axis not in sides), *sides)
-    flat = sides[0] == classes
     rows = [shape[axis] for axis in sides if axis != classes]
-    if flat:
+    if sides[0] == classes:
         lanes = max(1, min(ACROSS, GROUP * SUBLANES // shape[classes], pl.cdiv(rows[0], LANES))) * LANES
-        tile, least = (lanes,), lanes
+        column, least_part, tiles = pl.cdiv(shape[classes], 2 * SUBLANES) * 2 * SUBLANES, SUBLANES, [(lanes,)]
     else:
-        tile = (min(2 * SUBLANES, rows[0]), LANES)
-        least = pl.cdiv(tile[0], SUBLANES) * SUBLANES * LANES
-    column = pl.cdiv(shape[classes], 2 * SUBLANES) * 2 * SUBLANES if flat else shape[classes]
-    whole = [pl.cdiv(n, t) for n, t in zip(rows, tile, strict=True)]
-    across = max(1, min(whole[-1], BLOCK // (entry * column * least)))
-    tiles = (across,) if flat else (max(1, min(whole[0], BLOCK // (entry * column * least * across))), across)
-    part = max(SUBLANES if flat else 1, PART * SUBLANES * LANES // least)
-    for buffers, keeps in ((2, function.keeps), (2, False), (1, False)):
-        of_row = column * (buffers * entry + 4 * keeps) + OF_ROWS
-        memory = math.prod(tiles) * least * of_row + SLACK
-        if memory <= most:
-            walk = parts(shape[classes], part, least, axis=0)
-            return Plan(order, classes, tile, tiles, walk, keeps, buffers, memory)
+        column, least_part = shape[classes], 1
+        tiles = [(min(n * SUBLANES, rows[0]), LANES) for n in (2, 1)]
+    for tile in tiles:
+        padded = math.prod((*(pl.cdiv(n, SUBLANES) * SUBLANES for n in tile[:-1]), tile[-1]))
+        counts, left = [], max(1, BLOCK // (entry * column * padded))
+        for n, size in zip(rows[::-1], tile[::-1], strict=True):
+            counts.insert(0, min(pl.cdiv(n, size), left))
+            left = max(1, left // counts[0])
+        walk = parts(shape[classes], max(least_part, PART * SUBLANES * LANES // padded), padded, axis=0)
+        for buffers, keeps in ((2, function.keeps), (2, False), (1, False)):
+            of_row = column * (buffers * entry + 4 * keeps) + OF_ROWS
+            memory = math.prod(counts) * padded * of_row + SLACK
+            if memory <= most:
+                copied = math.prod(counts) * padded * column * entry
+                return Plan(order, classes, tile, tuple(counts), walk, keeps, buffers, memory, copied)
     return None
+
+
+def scattered(plan: Plan, shape: tuple[int, ...]) -> str | None:
+    """Why blocks of such an array are too small."""
+    blocks = math.prod(pl.cdiv(n, plan.block.get(axis, 1)) for axis, n in enumerate(shape))
+    small = plan.copied < LEAST_BLOCK and blocks > 8  # of a small array, there are few
+    return f"{blocks} blocks of {plan.copied} bytes are small" if small else None
 
 
 def _kernel(function: Function, plan: Plan, *refs: Any) -> None:
