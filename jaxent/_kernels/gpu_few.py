@@ -29,7 +29,8 @@ def _kernel(function: Function, classes: int, rows: int, block: tuple[int, int],
     position, row = (jax.lax.broadcasted_iota(jnp.int32, block, a) for a in (axis, 1 - axis))
     is_class, of_array = position < classes, first + row < rows
     inside, side = is_class & of_array, pl.ds(first, block[1 - axis])
-    entries = (*outer, pl.ds(0, block[0]), side) if axis == 0 else (side, pl.ds(0, block[1]))
+    every = pl.ds(jnp.asarray(0, jnp.int32), block[axis])  # which an interpreter takes for 64 bits else
+    entries = (*outer, every, side) if axis == 0 else (side, every)
     is_row = first + jax.lax.broadcasted_iota(jnp.int32, block[1 - axis : 2 - axis], 0) < rows
 
     def load(ref: Any) -> jax.Array:
