@@ -9,6 +9,8 @@ cycle; loops are counted as often as they run, what a predicate jumps over as if
 all. GPU: registers of a thread, what of them is spilt, shared memory, and how long the bytes take, each read and
 written once.
 
+Kernels for TPUs are chosen by how XLA lays out an argument; for some shapes that is asked of the compiler.
+
 `--check` fails where a TPU's kernel computes for more than 1.15 times as long as its bytes take, or a GPU's spills
 anything, but for those that `KNOWN` names. Both need what `compiled.py` needs for that platform.
 """
@@ -36,6 +38,12 @@ BOUND = 1.15
 # of which at most four go at once.
 KNOWN = {("v6e", "label_loss"): 1.6}
 SHAPES = ["8192x1000", "8192x32000", "4096x50257", "8192x128256"]
+LAYOUTS = [  # of arguments of all kinds: padded, in batches, with axes of 1 to 8, in their order and not
+    *[(65536, 10), (8192, 1000), (4096, 50257), (8192, 30522), (8192, 32000), (200, 50257), (100, 1000), (2, 384)],
+    *[(8, 1024, 1000), (8, 1024, 50257), (4, 2048, 50257), (3, 2048, 50257), (32, 197, 1000), (200, 2, 500)],
+    *[(8, 21, 512, 512), (16, 512, 512, 21), (16, 224, 224, 21), (8, 513, 513, 21), (8, 3, 512, 512), (8, 224, 2, 2)],
+    *[(256, 513, 2), (384, 3, 513, 100), (384, 500, 21, 256), (1000, 16, 1000, 64), (100, 256, 100, 100)],
+]
 
 
 class Case(NamedTuple):
@@ -115,6 +123,18 @@ def compile_kernel(case: Case, options: dict[str, Any]) -> Any:
         return jax.jit(run).lower(*map(argument, function.arguments)).compile(compiler_options=options)
 
 
+def laid_out(chip: str, shape: tuple[int, ...]) -> tuple[int, int]:
+    """The axes of sublanes and lanes of an argument of that shape."""
+    import jax
+    import jax.numpy as jnp
+
+    sharding = jax.sharding.NamedSharding(compiled.device_of(chip), jax.sharding.PartitionSpec())
+    argument = jax.ShapeDtypeStruct(shape, "float32", sharding=sharding)
+    program = jax.jit(jnp.exp).lower(argument).compile().as_text()
+    last, second = re.findall(r"entry_computation_layout=\{\(f32\[[\d,]*\]\{(\d+),(\d+)", program)[0]
+    return int(second), int(last)
+
+
 def on_tpu(case: Case, folder: Path) -> tuple[str, bool]:
     """A row of the table, and whether it is as it should be."""
     program = compile_kernel(case, {})
@@ -172,6 +192,12 @@ def main() -> None:
     from jaxent._kernels.rows import FUNCTIONS
 
     names, faults = arguments.functions or FUNCTIONS, 0
+    if arguments.platform == "tpu":
+        from jaxent._kernels.tpu import _sides
+
+        unlike = [(chip, shape) for chip in chips for shape in LAYOUTS if laid_out(chip, shape) != _sides(shape)]
+        print(f"{len(chips) * len(LAYOUTS) - len(unlike)} layouts are as expected, and not {unlike}")
+        faults += len(unlike)
     print("| chip | shape | dtype | kernel |", " | ".join(columns), "|")
     print("|---" * 4 + "|---:" * len(columns) + "|")
     try:
