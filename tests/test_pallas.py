@@ -172,10 +172,10 @@ def test_where_the_plain_form_serves_on_one_of_them():
     assert "lie side by side" in _asked(tpu, (64, 5, 512))
     assert "does not fit" in _asked(tpu, (8, 2**20))
     assert "it computes float32 and bfloat16 only" in _asked(tpu, (8, 512), "float16")
-    assert "fewer than 512 classes" in _asked(tpu, (65536, 10))
-    assert "fewer than 16 classes" in _asked(tpu, (2**20, 10))
+    assert "fewer than 512 classes" in _asked(tpu, (32768, 10))
+    assert "fewer than 8 classes" in _asked(tpu, (2**20, 7))
     assert "fewer than 512 classes" in _asked(tpu, (2, 3, 256, 256), axis=1)
-    assert _asked(tpu, (65536, 100)) is _asked(tpu, (8, 3, 512, 512), axis=1) is None
+    assert _asked(tpu, (65536, 10)) is _asked(tpu, (8, 3, 512, 512), axis=1) is None
     assert "rows lie across the lanes" in _asked(tpu, (8, 1024, 50257), "bfloat16")
     assert "65536 blocks of 8192 bytes are small" in _asked(tpu, (65536, 16, 128), "bfloat16", axis=1)
     assert "along an axis that is not the last" in _asked(gpu, (8, 513, 512), axis=1)

@@ -25,9 +25,7 @@ FAST_MEMORY = 56 * 2**20  # where the chip is not known: v5e and v6e have 128 Mi
 MARGIN = 8 * 2**20  # of fast memory, for others
 TOO_SMALL = ("TPU v2", "TPU v3", "TPU v4")  # have less; nobody has compiled for them
 LEAST_CLASSES = 512
-LEAST_LOGITS = (
-    2**20
-)  # of so many, 16 classes are enough where rows lie across the lanes, and two before tiles of rows
+LEAST_LOGITS = 2**19  # of these, 8 classes suffice where rows lie across the lanes, and two before tiles of rows
 
 
 def _fast_memory() -> int:
@@ -121,7 +119,7 @@ def unasked(name: str, x: Any, *others: Any, axis: ClassAxis, dtype: DTypeLike =
     if form is tpu_lanes and index != sides[1]:
         return "rows lie across the lanes, and do not fit fast memory so"
     is_large = form is tpu_columns and math.prod(shape) >= LEAST_LOGITS
-    least = (2 * SUBLANES if index in sides else 2) if is_large else LEAST_CLASSES
+    least = (SUBLANES if index in sides else 2) if is_large else LEAST_CLASSES
     if classes < least:
         return f"there are fewer than {least} classes"
     return tpu_lanes.scattered(seen) if form is tpu_lanes else tpu_columns.scattered(plan, seen)
