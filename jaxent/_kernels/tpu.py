@@ -7,7 +7,7 @@ them copied.
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -56,45 +56,75 @@ def _squeezed(shape: tuple[int, ...], axis: int) -> tuple[tuple[int, ...], int]:
     return ((1, *kept_shape), 1) if len(kept) == 1 else (kept_shape, kept.index(axis))
 
 
-def _form(name: str, arrays: Any, axis: int, dtype: DTypeLike) -> tuple[Any, Any, tuple[int, ...], int]:
-    """The file that has the kernel, its plan, and the shape and the class axis that it sees."""
+class _Form(NamedTuple):
+    """How a function is computed."""
+
+    file: Any  # that has the kernel
+    plan: Any  # None if there is none
+    shape: tuple[int, ...]  # of the logits, squeezed
+    order: tuple[int, ...]  # of its axes, as they lie in memory
+    axis: int  # of the classes, then
+
+    @property
+    def seen(self) -> tuple[int, ...]:
+        """The shape that the kernel sees."""
+        return tuple(self.shape[axis] for axis in self.order)
+
+    def laid_out(self, x: jax.Array, of_rows: bool) -> jax.Array:
+        """As the kernel sees an array of the logits' shape, or of their rows' shape."""
+        order, shape = self._of(of_rows)
+        return x.reshape(shape).transpose(order)
+
+    def back(self, x: jax.Array, of_rows: bool) -> jax.Array:
+        """The other way round, still squeezed."""
+        order, _ = self._of(of_rows)
+        return x.transpose([order.index(axis) for axis in range(len(order))])
+
+    def _of(self, of_rows: bool) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        classes = self.order[self.axis]
+        if not of_rows:
+            return self.order, self.shape
+        order = tuple(axis - (axis > classes) for axis in self.order if axis != classes)
+        return order, self.shape[:classes] + self.shape[classes + 1 :]
+
+
+def _form(name: str, arrays: Any, axis: int, dtype: DTypeLike) -> _Form:
     function = function_of(name, False)
     widths = [a.dtype for a, kind in zip(arrays, function.arguments, strict=True) if kind in "xt"]
     widths += [jnp.dtype(dtype)] * ("o" in function.results)
     entry, most = sum(x.itemsize for x in widths), _fast_memory()
-    shape, index = _squeezed(arrays[0].shape, axis)
-    sides = _sides(shape)
-    if index != sides[1]:
-        plan = tpu_columns.plan(function, shape, index, sides, entry, most)
+    shape, classes = _squeezed(arrays[0].shape, axis)
+    sides, axes = _sides(shape), range(len(shape))
+    order = (*(a for a in axes if a not in sides), *sides)
+    seen = tuple(shape[a] for a in order)
+    if classes != sides[1]:
+        plan = tpu_columns.plan(function, seen, order.index(classes), entry, most)
         if plan is not None:
-            return tpu_columns, plan, shape, index
-    # The shape that was given: for this kernel it matters how many rows lie side by side.
-    shape = arrays[0].shape
-    last = (*shape[:axis], *shape[axis + 1 :], shape[axis])
-    return tpu_lanes, tpu_lanes.plan(function, last, entry, most), last, len(last) - 1
+            return _Form(tpu_columns, plan, shape, order, order.index(classes))
+    if classes != sides[1] or tpu_lanes.scattered(seen):
+        # What a product writes for a kernel lies as it is wanted; an argument is copied.
+        order = (*(a for a in axes if a != classes), classes)
+        seen = tuple(shape[a] for a in order)
+    return _Form(tpu_lanes, tpu_lanes.plan(function, seen, entry, most), shape, order, len(order) - 1)
 
 
 def _function(name: str) -> Callable[..., Any]:
     def served(*arrays: jax.Array, axis: ClassAxis, dtype: DTypeLike = jnp.float32, stats: bool = False) -> Any:
-        function, shape = function_of(name, stats), arrays[0].shape
-        form, plan, seen, index = _form(name, arrays, axis.index, dtype)
-        rows, classes = seen[:index] + seen[index + 1 :], shape[axis.index]
+        function, shape, classes = function_of(name, stats), arrays[0].shape, axis.size(arrays[0])
+        form = _form(name, arrays, axis.index, dtype)
 
         def as_seen(x: jax.Array, kind: str) -> jax.Array:
-            if kind in "xt":
-                return (jnp.moveaxis(x, axis.index, -1) if form is tpu_lanes else x).reshape(seen)
             narrowed = kind == "y" and x.dtype != jnp.int32
-            return (jnp.clip(x, -1, classes).astype(jnp.int32) if narrowed else x).reshape(rows)
+            x = jnp.clip(x, -1, classes).astype(jnp.int32) if narrowed else x
+            return form.laid_out(x, of_rows=kind not in "xt")
 
         def as_given(x: jax.Array, kind: str) -> jax.Array:
-            if kind == "o":
-                return jnp.moveaxis(x, -1, axis.index) if form is tpu_lanes else x.reshape(shape)
-            x = x.reshape(axis.rows(shape))
+            x = form.back(x, of_rows=kind != "o").reshape(shape if kind == "o" else axis.rows(shape))
             return jnp.where(x < classes, x, 0.0).astype(jnp.int32) if kind == "p" else x
 
         given = tuple(map(as_seen, arrays, function.arguments))
         with jax.enable_x64(False):  # indices of 64 bits do not compile
-            found = form.call(name, function, plan, given, dtype, INTERPRET)
+            found = form.file.call(name, function, form.plan, given, dtype, INTERPRET)
         results = tuple(map(as_given, found, function.results))
         return results[0] if len(results) == 1 else results
 
@@ -108,21 +138,21 @@ def refusal(name: str, x: Any, *others: Any, axis: ClassAxis, dtype: DTypeLike =
     why_not = refusal_of_any(("float32", "bfloat16"), x, *others, dtype=dtype)
     if why_not is not None:
         return why_not
-    return None if _form(name, (x, *others), axis.index, dtype)[1] else "a row does not fit fast memory"
+    return None if _form(name, (x, *others), axis.index, dtype).plan else "a row does not fit fast memory"
 
 
 def unasked(name: str, x: Any, *others: Any, axis: ClassAxis, dtype: DTypeLike = jnp.float32, **_: Any) -> str | None:
     """Why it is XLA that computes what it could, unless somebody asks: by the bytes that are moved."""
-    shape, index = _squeezed(x.shape, axis.index)
-    sides, classes = _sides(shape), shape[index]
-    form, plan, seen, _last = _form(name, (x, *others), axis.index, dtype)
-    if form is tpu_lanes and index != sides[1]:
+    form = _form(name, (x, *others), axis.index, dtype)
+    across_lanes = form.file is tpu_lanes
+    if across_lanes and form.order[-1] != _sides(form.shape)[1]:
         return "rows lie across the lanes, and do not fit fast memory so"
-    is_large = form is tpu_columns and math.prod(shape) >= LEAST_LOGITS
-    least = (SUBLANES if index in sides else 2) if is_large else LEAST_CLASSES
-    if classes < least:
+    is_large = not across_lanes and math.prod(x.shape) >= LEAST_LOGITS
+    # Across the lanes or the sublanes, or before both.
+    least = (SUBLANES if form.axis >= len(form.order) - 2 else 2) if is_large else LEAST_CLASSES
+    if form.seen[form.axis] < least:
         return f"there are fewer than {least} classes"
-    return tpu_lanes.scattered(seen) if form is tpu_lanes else tpu_columns.scattered(plan, seen)
+    return tpu_lanes.scattered(form.seen) if across_lanes else tpu_columns.scattered(form.plan, form.seen)
 
 
 softmax = _function("softmax")

@@ -28,8 +28,8 @@ LEAST_BLOCK = 2**18  # bytes in and out that take as long as the start of a bloc
 class Plan(NamedTuple):
     """How a block is worked on."""
 
-    order: tuple[int, ...]  # the axes as they lie, those of sublanes and lanes at the end
-    classes: int  # their axis
+    classes: int  # their axis, the last but one or before
+    block: tuple[int | None, ...]  # sizes of all axes, None where a block has one index
     tile: tuple[int, ...]  # rows at once, along the last axes
     tiles: tuple[int, ...]  # of a block
     parts: Parts
@@ -38,23 +38,15 @@ class Plan(NamedTuple):
     memory: int  # in bytes
     copied: int  # bytes in and out, of a block
 
-    @property
-    def block(self) -> dict[int, int]:
-        """Sizes by axis, of those that a block has more than one of."""
-        sides = (t * n for t, n in zip(self.tile, self.tiles, strict=True))
-        return dict(zip(self.order[-len(self.tile) :], sides, strict=True)) | {self.classes: self.parts.classes}
 
-
-def plan(
-    function: Function, shape: tuple[int, ...], classes: int, sides: tuple[int, int], entry: int, most: int
-) -> Plan | None:
-    """For axes of sublanes and lanes, and entries of so many bytes; None if one tile does not fit fast memory."""
-    order = (*(axis for axis in range(len(shape)) if axis not in sides), *sides)
-    rows = [shape[axis] for axis in sides if axis != classes]
-    if sides[0] == classes:
+def plan(function: Function, shape: tuple[int, ...], classes: int, entry: int, most: int) -> Plan | None:
+    """For entries of so many bytes, of all arrays; None if one tile does not fit fast memory of `most`."""
+    if classes == len(shape) - 2:
+        rows = [shape[-1]]
         lanes = max(1, min(ACROSS, GROUP * SUBLANES // shape[classes], pl.cdiv(rows[0], LANES))) * LANES
         column, least_part, tiles = pl.cdiv(shape[classes], 2 * SUBLANES) * 2 * SUBLANES, SUBLANES, [(lanes,)]
     else:
+        rows = [*shape[-2:]]
         column, least_part = shape[classes], 1
         tiles = [(min(n * SUBLANES, rows[0]), LANES) for n in (2, 1)]
     for tile in tiles:
@@ -68,14 +60,17 @@ def plan(
             of_row = column * (buffers * entry + 4 * keeps) + OF_ROWS
             memory = math.prod(counts) * padded * of_row + SLACK
             if memory <= most:
+                block: list[int | None] = [None] * (len(shape) - len(tile))
+                block += [n * size for n, size in zip(counts, tile, strict=True)]
+                block[classes] = shape[classes]
                 copied = math.prod(counts) * padded * column * entry
-                return Plan(order, classes, tile, tuple(counts), walk, keeps, buffers, memory, copied)
+                return Plan(classes, tuple(block), tile, tuple(counts), walk, keeps, buffers, memory, copied)
     return None
 
 
 def scattered(plan: Plan, shape: tuple[int, ...]) -> str | None:
     """Why blocks of such an array are too small."""
-    blocks = math.prod(pl.cdiv(n, plan.block.get(axis, 1)) for axis, n in enumerate(shape))
+    blocks = math.prod(_grid(plan, shape))
     small = plan.copied < LEAST_BLOCK and blocks > 8  # of a small array, there are few
     return f"{blocks} blocks of {plan.copied} bytes are small" if small else None
 
@@ -156,28 +151,24 @@ def _rows(plan: Plan, i: Any) -> tuple[Any, ...]:
 def call(
     name: str, function: Function, plan: Plan, arrays: tuple[jax.Array, ...], dtype: DTypeLike, interpret: Any
 ) -> tuple[jax.Array, ...]:
-    """The results of a row function."""
-    axis, shape, block = plan.classes, arrays[0].shape, plan.block
-    order = plan.order
-    grid = tuple(pl.cdiv(shape[a], block.get(a, 1)) for a in order if a != axis)
-    sizes = tuple(shape[a] for a in order)
+    """The results of a row function of arrays whose axes are as they lie."""
+    axis, shape = plan.classes, arrays[0].shape
+    grid = _grid(plan, shape)
 
     def place(*indices: Any) -> tuple[Any, ...]:
-        left = iter(indices)
-        return tuple(0 if a == axis else next(left) for a in order)
+        return (*indices[:axis], 0, *indices[axis:])
+
+    def of_row(sizes: tuple[int | None, ...]) -> tuple[Any, ...]:
+        return (*sizes[:axis], 1, *sizes[axis + 1 :])
 
     mode = {} if plan.buffers > 1 else {"pipeline_mode": pl.Buffered(plan.buffers)}
-    by_entry = pl.BlockSpec(tuple(block.get(a) for a in order), place, **mode)
-    by_row = pl.BlockSpec(tuple(1 if a == axis else block.get(a) for a in order), place)
-    entries = struct(sizes, dtype, *arrays)
-    numbers = struct(tuple(1 if a == axis else shape[a] for a in order), jnp.float32, *arrays)
+    by_entry = pl.BlockSpec(plan.block, place, **mode)
+    by_row = pl.BlockSpec(of_row(plan.block), place)
+    entries = struct(shape, dtype, *arrays)
+    numbers = struct(of_row(shape), jnp.float32, *arrays)
 
     def laid_out(x: jax.Array, kind: str) -> jax.Array:
-        return (x if kind in "xt" else jnp.expand_dims(x, axis)).transpose(order)
-
-    def as_given(x: jax.Array, kind: str) -> jax.Array:
-        x = x.transpose([order.index(a) for a in range(len(order))])
-        return x if kind == "o" else x.squeeze(axis)
+        return x if kind in "xt" else jnp.expand_dims(x, axis)
 
     moved = sum(math.prod(s.shape) * s.dtype.itemsize for s in (*arrays, entries)[: None if function.entry else -1])
     out = pl.pallas_call(
@@ -186,7 +177,7 @@ def call(
         grid=grid,
         in_specs=[by_entry if kind in "xt" else by_row for kind in function.arguments],
         out_specs=[by_entry if kind == "o" else by_row for kind in function.results],
-        scratch_shapes=[pltpu.VMEM(tuple(block[a] for a in order if a in block), jnp.float32)] * plan.keeps,
+        scratch_shapes=[pltpu.VMEM(tuple(n for n in plan.block if n is not None), jnp.float32)] * plan.keeps,
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel",) * len(grid), vmem_limit_bytes=plan.memory
         ),
@@ -196,4 +187,10 @@ def call(
         name=f"jaxent_{name}",
         interpret=interpret,
     )(*map(laid_out, arrays, function.arguments))
-    return tuple(map(as_given, out, function.results))
+    return tuple(x if kind == "o" else x.squeeze(axis) for x, kind in zip(out, function.results, strict=True))
+
+
+def _grid(plan: Plan, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """How many blocks there are along all axes but that of the classes."""
+    blocks = [pl.cdiv(n, 1 if size is None else size) for n, size in zip(shape, plan.block, strict=True)]
+    return (*blocks[: plan.classes], *blocks[plan.classes + 1 :])
