@@ -122,7 +122,7 @@ def _function(name: str) -> Callable[..., Any]:
             return jnp.clip(x, -1, classes).astype(jnp.int32) if kind == "y" and x.dtype != jnp.int32 else x
 
         given = tuple(map(narrowed, arrays, function.arguments))
-        with jax.enable_x64(False):  # as is done on TPUs, where indices of 64 bits do not compile
+        with jax.enable_x64(False):  # indices of 32 bits are enough, see LARGEST
             if _are_few(arrays[0].shape, axis.index):
                 results = gpu_few.call(name, function, given, axis.index, dtype, INTERPRET)
             else:

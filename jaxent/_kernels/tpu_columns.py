@@ -16,7 +16,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jax.typing import DTypeLike
 
 from .rows import Function, Part, Rows, grouped, repeat, struct
-from .tpu_parts import BLOCK, LANES, SLACK, SUBLANES, Parts, parts, wide
+from .tpu_parts import BLOCK, LANES, SLACK, SUBLANES, Blocks, Parts, parts, wide
 
 PART = 4  # registers of logits that are worked on at once
 ACROSS = 4  # registers across, at most, of as many logits as GROUP, or one
@@ -170,23 +170,10 @@ def call(
     def laid_out(x: jax.Array, kind: str) -> jax.Array:
         return x if kind in "xt" else jnp.expand_dims(x, axis)
 
-    moved = sum(math.prod(s.shape) * s.dtype.itemsize for s in (*arrays, entries)[: None if function.entry else -1])
-    out = pl.pallas_call(
-        partial(_kernel, function, plan),
-        out_shape=[entries if kind == "o" else numbers for kind in function.results],
-        grid=grid,
-        in_specs=[by_entry if kind in "xt" else by_row for kind in function.arguments],
-        out_specs=[by_entry if kind == "o" else by_row for kind in function.results],
-        scratch_shapes=[pltpu.VMEM(tuple(n for n in plan.block if n is not None), jnp.float32)] * plan.keeps,
-        compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel",) * len(grid), vmem_limit_bytes=plan.memory
-        ),
-        cost_estimate=pl.CostEstimate(
-            flops=10 * math.prod(shape), transcendentals=math.prod(shape), bytes_accessed=moved
-        ),
-        name=f"jaxent_{name}",
-        interpret=interpret,
-    )(*map(laid_out, arrays, function.arguments))
+    given = tuple(map(laid_out, arrays, function.arguments))
+    scratch = [pltpu.VMEM(tuple(n for n in plan.block if n is not None), jnp.float32)] * plan.keeps
+    blocks = Blocks(grid, by_entry, by_row, entries, numbers, scratch, plan.memory)
+    out = blocks.call(partial(_kernel, function, plan), name, function, given, interpret)
     return tuple(x if kind == "o" else x.squeeze(axis) for x, kind in zip(out, function.results, strict=True))
 
 

@@ -18,7 +18,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jax.typing import DTypeLike
 
 from .rows import Function, Part, Rows, grouped, repeat, struct
-from .tpu_parts import BLOCK, LANES, SLACK, SUBLANES, Parts, parts, wide
+from .tpu_parts import BLOCK, LANES, SLACK, SUBLANES, Blocks, Parts, parts, wide
 
 PART = 2 * LANES
 GROUP = 64  # registers of logits of a group of rows, unless two tiles of rows have more
@@ -198,23 +198,10 @@ def call(
             return x.reshape(shape)
         return x.reshape(batch, -1)[:, :rows].reshape(shape[:-1])
 
-    moved = sum(math.prod(s.shape) * s.dtype.itemsize for s in (*arrays, entries)[: None if function.entry else -1])
-    out = pl.pallas_call(
-        partial(_kernel, function, plan),
-        out_shape=[entries if kind == "o" else numbers for kind in function.results],
-        grid=(batch, blocks),
-        in_specs=[by_entry if kind in "xt" else by_row for kind in function.arguments],
-        out_specs=[by_entry if kind == "o" else by_row for kind in function.results],
-        scratch_shapes=[pltpu.VMEM((plan.rows, classes), jnp.float32)] * plan.keeps,
-        compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "parallel"), vmem_limit_bytes=plan.memory
-        ),
-        cost_estimate=pl.CostEstimate(
-            flops=10 * math.prod(shape), transcendentals=math.prod(shape), bytes_accessed=moved
-        ),
-        name=f"jaxent_{name}",
-        interpret=interpret,
-    )(*map(laid_out, arrays, function.arguments))
+    given = tuple(map(laid_out, arrays, function.arguments))
+    scratch = [pltpu.VMEM((plan.rows, classes), jnp.float32)] * plan.keeps
+    blocks_of = Blocks((batch, blocks), by_entry, by_row, entries, numbers, scratch, plan.memory)
+    out = blocks_of.call(partial(_kernel, function, plan), name, function, given, interpret)
     return tuple(map(as_given, out, function.results))
 
 

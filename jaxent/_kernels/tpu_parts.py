@@ -1,11 +1,15 @@
 """What kernels for TPUs share: their classes are gone over in parts, and several parts in a step of a loop."""
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from .rows import Function
 
 LANES, SUBLANES = 128, 8  # of a register and of a tile of memory
 STEP = 128  # registers of logits that a step of a loop takes
@@ -93,6 +97,48 @@ def parts(classes: int, part: int, rows: int, axis: int) -> Parts:
     """For so many rows at once."""
     most = STEP * SUBLANES * LANES // rows // part * part
     return Parts(classes, part, max(part, min(classes // part * part, most)), axis)
+
+
+class Blocks(NamedTuple):
+    """How arrays are cut: those of entries, and those of rows."""
+
+    grid: tuple[int, ...]
+    by_entry: Any
+    by_row: Any
+    entries: Any  # type of a result
+    numbers: Any
+    scratch: list[Any]
+    memory: int  # in bytes
+
+    def call(
+        self,
+        kernel: Callable[..., None],
+        name: str,
+        function: Function,
+        arrays: tuple[jax.Array, ...],
+        interpret: Any,
+    ) -> Any:
+        """The kernel's results, of arrays that lie as it wants them."""
+        moved = [*arrays, *[self.entries] * ("o" in function.results)]
+        entries = math.prod(self.entries.shape)
+        return pl.pallas_call(
+            kernel,
+            out_shape=[self.entries if kind == "o" else self.numbers for kind in function.results],
+            grid=self.grid,
+            in_specs=[self.by_entry if kind in "xt" else self.by_row for kind in function.arguments],
+            out_specs=[self.by_entry if kind == "o" else self.by_row for kind in function.results],
+            scratch_shapes=self.scratch,
+            compiler_params=pltpu.CompilerParams(
+                dimension_semantics=("parallel",) * len(self.grid), vmem_limit_bytes=self.memory
+            ),
+            cost_estimate=pl.CostEstimate(
+                flops=10 * entries,
+                transcendentals=entries,
+                bytes_accessed=sum(math.prod(x.shape) * x.dtype.itemsize for x in moved),
+            ),
+            name=f"jaxent_{name}",
+            interpret=interpret,
+        )(*arrays)
 
 
 def wide(x: jax.Array) -> jax.Array:
