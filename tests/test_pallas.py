@@ -15,7 +15,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 import jaxent
 from jaxent._class_axis import ClassAxis
-from jaxent._kernels import gpu, tpu, tpu_columns, tpu_lanes, tpu_parts, xla
+from jaxent._kernels import gpu, tpu, tpu_columns, tpu_lanes, tpu_long, tpu_parts, xla
 from jaxent._kernels.rows import FUNCTIONS
 
 pytestmark = pytest.mark.more(cases=2)
@@ -24,6 +24,8 @@ pytestmark = pytest.mark.more(cases=2)
 # a part of a part, one and several, and steps of them.
 SHAPES = [(257,), (17, 1009), (3, 21, 300), (1500, 256), (9, 5000)]
 # With the class axis: rows across the lanes, and classes across the sublanes, or before rows of two axes.
+# Blocks of classes, which are kept or read twice.
+LONG = [((40, 5000), 1, True), ((300, 3000), 1, False), ((3000, 300), 0, True), ((2, 24, 1500), 2, False)]
 COLUMNS = [((1152, 300), 1), ((3, 37, 256), 1), ((2, 21, 40, 130), 1), ((2, 24, 128, 19), 3), ((70, 4, 256), 0)]
 DTYPES = ["float32", "bfloat16"]
 ULP = {"float32": 2.0**-23, "bfloat16": 2.0**-8}
@@ -46,6 +48,7 @@ def _arrays(shape, dtype):
     odd[rng.random(shape) < 0.3 / shape[-1]] = np.nan
     odd[rng.random(shape) < 0.3 / shape[-1]] = np.inf
     odd[rng.random(shape[:-1]) < 0.2] = -np.inf
+    odd[rng.random(shape[:-1]) < 0.2, : shape[-1] // 2] = -np.inf
     x = np.where(rng.random((*shape[:-1], 1)) < 0.5, odd, x)
     rows = shape[:-1]
     return {
@@ -73,6 +76,21 @@ def test_rows_across_the_lanes(monkeypatch, shape, axis, dtype):
     _compare(tpu, shape, axis, dtype)
 
 
+@pytest.mark.more
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("shape", "axis", "keeps"), LONG, ids=str)
+def test_long_rows(monkeypatch, shape, axis, keeps, dtype):
+    _as_long_rows(monkeypatch, keeps)
+    _compare(tpu, shape, axis, dtype)
+
+
+def _as_long_rows(monkeypatch, keeps):
+    for form in (tpu_lanes, tpu_columns):
+        monkeypatch.setattr(form, "plan", lambda *_: None)
+    monkeypatch.setattr(tpu_long, "BLOCK", 2**17)  # several blocks, the last one in part
+    monkeypatch.setattr(tpu_long, "LEAST_BLOCK", 0 if keeps else 2**40)
+
+
 @pytest.mark.more(cases=1)
 @pytest.mark.parametrize(("shape", "axis"), [((40, 300), 1), ((300, 300), 1), ((2, 11, 20, 130), 1)], ids=str)
 def test_nothing_is_read_beyond_arrays_and_nothing_races(monkeypatch, capfd, shape, axis):
@@ -80,6 +98,16 @@ def test_nothing_is_read_beyond_arrays_and_nothing_races(monkeypatch, capfd, sha
     for form in (tpu_lanes, tpu_columns):
         monkeypatch.setattr(form, "BLOCK", 2**17)  # several blocks, the last one in part
     _compare(tpu, shape, axis, "bfloat16", ("softmax", "label_loss_and_gradient", "expected_loss_and_gradient"))
+    assert "RACE" not in "".join(capfd.readouterr())
+
+
+@pytest.mark.more(cases=1)
+@pytest.mark.parametrize("keeps", [True, False])
+@pytest.mark.parametrize(("shape", "axis"), [((40, 5000), 1), ((300, 1000), 1)], ids=str)
+def test_nothing_is_read_beyond_long_rows_and_nothing_races(monkeypatch, capfd, shape, axis, keeps):
+    _as_long_rows(monkeypatch, keeps)
+    monkeypatch.setattr(tpu, "INTERPRET", pltpu.InterpretParams(detect_races=True, num_cores_or_threads=2))
+    _compare(tpu, shape, axis, "bfloat16", ("softmax", "label_loss_and_gradient", "expected_loss"))
     assert "RACE" not in "".join(capfd.readouterr())
 
 
@@ -181,7 +209,7 @@ def test_where_the_plain_form_serves(machine):
 def test_where_the_plain_form_serves_on_one_of_them():
     assert "lie side by side" in _asked(tpu, (5, 5, 512))
     assert _asked(tpu, (64, 5, 512)) is None  # as XLA lays them out, 64 do
-    assert "does not fit" in _asked(tpu, (8, 2**20))
+    assert _asked(tpu, (8, 2**22)) is None
     assert "it computes float32 and bfloat16 only" in _asked(tpu, (8, 512), "float16")
     assert "fewer than 512 classes" in _asked(tpu, (32768, 10))
     assert "fewer than 8 classes" in _asked(tpu, (2**20, 7))
@@ -208,6 +236,9 @@ def test_where_the_plain_form_serves_on_one_of_them():
         ((64, 1024, 5001), 2, tpu_columns),  # 8 by 128 rows fit, 16 do not
         ((512, 24), 0, tpu_lanes),
         ((5000, 2, 300), 0, tpu_lanes),
+        ((8, 2**21), 1, tpu_long),
+        ((1024, 100277), 1, tpu_long),
+        ((8, 1024, 50257), 2, tpu_lanes),  # whose product would take longer where rows lie across the lanes
     ],
 )
 def test_the_kernel_is_for_the_layout(shape, axis, form):

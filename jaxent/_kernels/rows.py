@@ -1,9 +1,10 @@
 r"""What kernels compute that go over a row three times in fast memory: for its maximum, its sums, and its entries.
 
 The formulas are those of xla.py, taken apart: `collect` adds up entries of classes, `finish` makes of the sums the
-results of a row and the coefficients that its entries need, and `entry` makes these. How a row lies in memory is a
-machine's business. Logits come from memory here, where no compiler sees how they are made, so that the largest one's
-$x_k - m$ is 0 without saying so.
+results of a row and the coefficients that its entries need, and `entry` makes these. Where a row comes bit by bit,
+sums are relative to its largest logit so far, and `rescale` makes them relative to a larger one. How a row lies in
+memory is a machine's business. Logits come from memory here, where no compiler sees how they are made, so that the
+largest one's $x_k - m$ is 0 without saying so.
 """
 
 from collections.abc import Callable
@@ -47,6 +48,18 @@ class Rows(NamedTuple):
     given: tuple[Row, ...]
 
 
+class Growth(NamedTuple):
+    """What a larger maximum does to the sums of the classes so far."""
+
+    grown: Bool[Array, "..."]  # whether there is one
+    m: Row  # the largest logit until now, relative to the larger one; 0 where there is none
+    classes: Any  # so far
+
+    @property
+    def e(self) -> Row:
+        return jnp.exp(self.m)
+
+
 class Function(NamedTuple):
     """A row function, for a machine that says how a row lies in memory.
 
@@ -58,6 +71,7 @@ class Function(NamedTuple):
     results: str
     sums: int
     collect: Callable[..., Sums]  # of a Part and the sums so far, entry by entry
+    rescale: Callable[..., Sums]  # of a Growth and the sums of rows
     finish: Callable[..., Finished]  # of Rows and the sums
     entry: Callable[..., Entries] | None = None  # of a Part and the coefficients
     keeps: bool = False  # whether `entry` needs exponentials
@@ -109,6 +123,15 @@ def _collect_others(part: Part, total: Entries, others: Entries) -> Sums:
     return total + part.e, others + part.others
 
 
+def _rescale_total(growth: Growth, total: Row) -> Sums:
+    return (total * growth.e,)
+
+
+def _rescale_others(growth: Growth, total: Row, others: Row) -> Sums:
+    total = total * growth.e
+    return total, jnp.where(growth.grown, total, others)
+
+
 # Below this sum one class holds two thirds of the probability: there is no second one that is as large.
 _DOMINATED = 1.5
 
@@ -157,6 +180,12 @@ def _collect_tangents(part: Part, total: Entries, others: Entries, of_largest: E
     return total + part.e, others + part.others, of_largest + own, of_others + part.others * part.t
 
 
+def _rescale_tangents(growth: Growth, total: Row, others: Row, of_largest: Row, of_others: Row) -> Sums:
+    moved = (of_largest + of_others) * growth.e
+    moved, own = jnp.where(growth.grown, moved, of_others), jnp.where(growth.grown, 0.0, of_largest)
+    return *_rescale_others(growth, total, others), own, moved
+
+
 def _tangent_rows(_: Rows, total: Row, others: Row, of_largest: Row, of_others: Row) -> Finished:
     dominated = total < _DOMINATED
     own = jnp.where(dominated, of_largest, 0.0)
@@ -177,6 +206,11 @@ def _collect_cotangents(part: Part, total: Entries, others: Entries, of_largest:
     return total + part.e, others + part.others, of_largest + own, of_others + rest
 
 
+def _rescale_cotangents(growth: Growth, total: Row, others: Row, of_largest: Row, of_others: Row) -> Sums:
+    moved = of_others + jnp.where(growth.grown, of_largest, 0.0)
+    return *_rescale_others(growth, total, others), jnp.where(growth.grown, 0.0, of_largest), moved
+
+
 def _cotangent_rows(_: Rows, total: Row, others: Row, of_largest: Row, of_others: Row) -> Finished:
     of_dominant = (of_largest * others - of_others) / total
     return (), (_threshold(total), of_dominant, (of_largest + of_others) / total)
@@ -192,6 +226,10 @@ def _log_softmax_cotangent(part: Part, threshold: Row, of_dominant: Row, mean: R
 def _collect_losses(part: Part, others: Entries, gaps: Entries, of_label: Entries) -> Sums:
     own = jnp.where(part.label, part.x, of_label)
     return others + jnp.where(part.label, 0.0, part.e), gaps + (part.x - part.m), own
+
+
+def _rescale_losses(growth: Growth, others: Row, gaps: Row, of_label: Row) -> Sums:
+    return others * growth.e, gaps + growth.classes * growth.m, of_label
 
 
 def _losses(rows: Rows, others: Row, gaps: Row, of_label: Row) -> tuple[tuple[Row, Row, Row], Row]:
@@ -229,6 +267,11 @@ def _collect_expected(part: Part, total: Entries, others: Entries, gaps: Entries
     return total + part.e, others + part.others, gaps + gap, mass + part.t
 
 
+def _rescale_expected(growth: Growth, total: Row, others: Row, gaps: Row, mass: Row) -> Sums:
+    gaps = jnp.where(mass == 0.0, gaps, gaps + mass * growth.m)
+    return *_rescale_others(growth, total, others), gaps, mass
+
+
 def _expected_rows(rows: Rows, total: Row, others: Row, gaps: Row, mass: Row) -> Finished:
     log_total = _log_total(total, others)
     return (mass * log_total - gaps, rows.m + log_total), ()  # the second where stats are wanted
@@ -236,6 +279,10 @@ def _expected_rows(rows: Rows, total: Row, others: Row, gaps: Row, mass: Row) ->
 
 def _collect_expected_gradient(part: Part, of_others: Entries, *sums: Entries) -> Sums:
     return of_others + jnp.where(part.largest, 0.0, part.t), *_collect_expected(part, *sums)
+
+
+def _rescale_expected_gradient(growth: Growth, of_others: Row, *sums: Row) -> Sums:
+    return jnp.where(growth.grown, sums[-1], of_others), *_rescale_expected(growth, *sums)
 
 
 def _expected_gradient_rows(rows: Rows, of_others: Row, total: Row, others: Row, gaps: Row, mass: Row) -> Finished:
@@ -249,25 +296,36 @@ def _expected_gradient(part: Part, threshold: Row, of_dominant: Row, mean: Row, 
 
 
 FUNCTIONS = {
-    "softmax": Function("x", "o", 1, _collect_total, _softmax_rows, _softmax, keeps=True),
-    "log_softmax": Function("x", "o", 2, _collect_others, _log_softmax_rows, _log_softmax),
-    "softmax_derivative": Function("xt", "o", 4, _collect_tangents, _tangent_rows, _softmax_tangent, keeps=True),
+    "softmax": Function("x", "o", 1, _collect_total, _rescale_total, _softmax_rows, _softmax, keeps=True),
+    "log_softmax": Function("x", "o", 2, _collect_others, _rescale_others, _log_softmax_rows, _log_softmax),
+    "softmax_derivative": Function(
+        "xt", "o", 4, _collect_tangents, _rescale_tangents, _tangent_rows, _softmax_tangent, keeps=True
+    ),
     "log_softmax_derivative": Function(
-        "xt", "o", 4, _collect_tangents, _tangent_rows, _log_softmax_tangent, keeps=True
+        "xt", "o", 4, _collect_tangents, _rescale_tangents, _tangent_rows, _log_softmax_tangent, keeps=True
     ),
     "log_softmax_pullback": Function(
-        "xt", "o", 4, _collect_cotangents, _cotangent_rows, _log_softmax_cotangent, keeps=True
+        "xt", "o", 4, _collect_cotangents, _rescale_cotangents, _cotangent_rows, _log_softmax_cotangent, keeps=True
     ),
-    "label_loss": Function("xy", "sss", 3, _collect_losses, _loss_rows, stats="p"),
+    "label_loss": Function("xy", "sss", 3, _collect_losses, _rescale_losses, _loss_rows, stats="p"),
     "label_loss_and_gradient": Function(
-        "xyrrr", "ssso", 3, _collect_losses, _loss_gradient_rows, _loss_gradient, keeps=True, stats="p"
+        "xyrrr",
+        "ssso",
+        3,
+        _collect_losses,
+        _rescale_losses,
+        _loss_gradient_rows,
+        _loss_gradient,
+        keeps=True,
+        stats="p",
     ),
-    "expected_loss": Function("xt", "s", 4, _collect_expected, _expected_rows, stats="sp"),
+    "expected_loss": Function("xt", "s", 4, _collect_expected, _rescale_expected, _expected_rows, stats="sp"),
     "expected_loss_and_gradient": Function(
         "xtr",
         "so",
         5,
         _collect_expected_gradient,
+        _rescale_expected_gradient,
         _expected_gradient_rows,
         _expected_gradient,
         keeps=True,

@@ -1,8 +1,8 @@
 """Kernels for TPUs, by Pallas: blocks of whole rows in fast memory, so that logits are read once and written once.
 
-Where classes lie across the lanes of registers, tpu_lanes.py has the kernel, where rows do, tpu_columns.py. XLA lays
-arguments and results of a program out so that their padding is small; a kernel that wanted them otherwise would have
-them copied.
+Where classes lie across the lanes of registers, tpu_lanes.py has the kernel, where rows do, tpu_columns.py, and for
+rows that fast memory does not hold twice, tpu_long.py. XLA lays arguments and results of a program out so that their
+padding is small; a kernel that wanted them otherwise would have them copied.
 """
 
 import math
@@ -15,7 +15,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jax.typing import DTypeLike
 
 from .._class_axis import ClassAxis
-from . import tpu_columns, tpu_lanes
+from . import tpu_columns, tpu_lanes, tpu_long
 from .rows import function_of
 from .rows import refusal as refusal_of_any
 from .tpu_parts import LANES, SUBLANES
@@ -60,7 +60,7 @@ class _Form(NamedTuple):
     """How a function is computed."""
 
     file: Any  # that has the kernel
-    plan: Any  # None if there is none
+    plan: Any
     shape: tuple[int, ...]  # of the logits, squeezed
     order: tuple[int, ...]  # of its axes, as they lie in memory
     axis: int  # of the classes, then
@@ -90,22 +90,25 @@ class _Form(NamedTuple):
 
 def _form(name: str, arrays: Any, axis: int, dtype: DTypeLike) -> _Form:
     function = function_of(name, False)
-    widths = [a.dtype for a, kind in zip(arrays, function.arguments, strict=True) if kind in "xt"]
-    widths += [jnp.dtype(dtype)] * ("o" in function.results)
-    entry, most = sum(x.itemsize for x in widths), _fast_memory()
+    read = sum(a.dtype.itemsize for a, kind in zip(arrays, function.arguments, strict=True) if kind in "xt")
+    written = jnp.dtype(dtype).itemsize * ("o" in function.results)
     shape, classes = _squeezed(arrays[0].shape, axis)
     sides, axes = _sides(shape), range(len(shape))
     order = (*(a for a in axes if a not in sides), *sides)
-    seen = tuple(shape[a] for a in order)
-    if classes != sides[1]:
-        plan = tpu_columns.plan(function, seen, order.index(classes), entry, most)
-        if plan is not None:
-            return _Form(tpu_columns, plan, shape, order, order.index(classes))
-    if classes != sides[1] or tpu_lanes.scattered(seen):
-        # What a product writes for a kernel lies as it is wanted; an argument is copied.
-        order = (*(a for a in axes if a != classes), classes)
-        seen = tuple(shape[a] for a in order)
-    return _Form(tpu_lanes, tpu_lanes.plan(function, seen, entry, most), shape, order, len(order) - 1)
+
+    def form(order: tuple[int, ...]) -> _Form:
+        seen, at = tuple(shape[a] for a in order), order.index(classes)
+        file = tpu_lanes if order[-1] == classes else tpu_columns
+        plan = file.plan(function, seen, at, read + written, _fast_memory())
+        if plan is None and classes in order[-2:]:
+            file, plan = tpu_long, tpu_long.plan(function, seen, at, read, written, _fast_memory())
+        return _Form(file, plan, shape, order, at)
+
+    found = form(order)
+    if found.plan is not None and not (classes == sides[1] and tpu_lanes.scattered(found.seen)):
+        return found
+    # What a product writes for a kernel lies as it is wanted; an argument is copied.
+    return form((*(a for a in axes if a != classes), classes))
 
 
 def _function(name: str) -> Callable[..., Any]:
@@ -131,20 +134,17 @@ def _function(name: str) -> Callable[..., Any]:
     return served
 
 
-def refusal(name: str, x: Any, *others: Any, axis: ClassAxis, dtype: DTypeLike = jnp.float32, **_: Any) -> str | None:
+def refusal(_: str, x: Any, *others: Any, dtype: DTypeLike = jnp.float32, **__: Any) -> str | None:
     """Why that function is not computed here for such arguments."""
     if not INTERPRET and jax.default_backend() == "tpu" and jax.devices()[0].device_kind.startswith(TOO_SMALL):
         return f"the fast memory of a {jax.devices()[0].device_kind} is small"
-    why_not = refusal_of_any(("float32", "bfloat16"), x, *others, dtype=dtype)
-    if why_not is not None:
-        return why_not
-    return None if _form(name, (x, *others), axis.index, dtype).plan else "a row does not fit fast memory"
+    return refusal_of_any(("float32", "bfloat16"), x, *others, dtype=dtype)
 
 
 def unasked(name: str, x: Any, *others: Any, axis: ClassAxis, dtype: DTypeLike = jnp.float32, **_: Any) -> str | None:
     """Why it is XLA that computes what it could, unless somebody asks: by the bytes that are moved."""
     form = _form(name, (x, *others), axis.index, dtype)
-    across_lanes = form.file is tpu_lanes
+    across_lanes = form.axis == len(form.order) - 1
     if across_lanes and form.order[-1] != _sides(form.shape)[1]:
         return "rows lie across the lanes, and do not fit fast memory so"
     is_large = not across_lanes and math.prod(x.shape) >= LEAST_LOGITS
@@ -152,7 +152,9 @@ def unasked(name: str, x: Any, *others: Any, axis: ClassAxis, dtype: DTypeLike =
     least = (SUBLANES if form.axis >= len(form.order) - 2 else 2) if is_large else LEAST_CLASSES
     if form.seen[form.axis] < least:
         return f"there are fewer than {least} classes"
-    return tpu_lanes.scattered(form.seen) if across_lanes else tpu_columns.scattered(form.plan, form.seen)
+    if across_lanes:
+        return tpu_lanes.scattered(form.seen)
+    return tpu_columns.scattered(form.plan, form.seen) if form.file is tpu_columns else None
 
 
 softmax = _function("softmax")

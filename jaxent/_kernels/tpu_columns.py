@@ -34,7 +34,6 @@ class Plan(NamedTuple):
     tiles: tuple[int, ...]  # of a block
     parts: Parts
     keeps: bool  # the exponentials, which are computed once, then
-    buffers: int  # for each array, so that copies wait for no arithmetic
     memory: int  # in bytes
     copied: int  # bytes in and out, of a block
 
@@ -56,15 +55,15 @@ def plan(function: Function, shape: tuple[int, ...], classes: int, entry: int, m
             counts.insert(0, min(pl.cdiv(n, size), left))
             left = max(1, left // counts[0])
         walk = parts(shape[classes], max(least_part, PART * SUBLANES * LANES // padded), padded, axis=0)
-        for buffers, keeps in ((2, function.keeps), (2, False), (1, False)):
-            of_row = column * (buffers * entry + 4 * keeps) + OF_ROWS
+        for keeps in (function.keeps, False):
+            of_row = column * (2 * entry + 4 * keeps) + OF_ROWS
             memory = math.prod(counts) * padded * of_row + SLACK
             if memory <= most:
                 block: list[int | None] = [None] * (len(shape) - len(tile))
                 block += [n * size for n, size in zip(counts, tile, strict=True)]
                 block[classes] = shape[classes]
                 copied = math.prod(counts) * padded * column * entry
-                return Plan(classes, tuple(block), tile, tuple(counts), walk, keeps, buffers, memory, copied)
+                return Plan(classes, tuple(block), tile, tuple(counts), walk, keeps, memory, copied)
     return None
 
 
@@ -161,8 +160,7 @@ def call(
     def of_row(sizes: tuple[int | None, ...]) -> tuple[Any, ...]:
         return (*sizes[:axis], 1, *sizes[axis + 1 :])
 
-    mode = {} if plan.buffers > 1 else {"pipeline_mode": pl.Buffered(plan.buffers)}
-    by_entry = pl.BlockSpec(plan.block, place, **mode)
+    by_entry = pl.BlockSpec(plan.block, place)
     by_row = pl.BlockSpec(of_row(plan.block), place)
     entries = struct(shape, dtype, *arrays)
     numbers = struct(of_row(shape), jnp.float32, *arrays)
@@ -172,7 +170,7 @@ def call(
 
     given = tuple(map(laid_out, arrays, function.arguments))
     scratch = [pltpu.VMEM(tuple(n for n in plan.block if n is not None), jnp.float32)] * plan.keeps
-    blocks = Blocks(grid, by_entry, by_row, entries, numbers, scratch, plan.memory)
+    blocks = Blocks(grid, by_entry, by_entry, by_row, entries, numbers, scratch, plan.memory)
     out = blocks.call(partial(_kernel, function, plan), name, function, given, interpret)
     return tuple(x if kind == "o" else x.squeeze(axis) for x, kind in zip(out, function.results, strict=True))
 

@@ -39,9 +39,9 @@ class Plan(NamedTuple):
         return self.group * self.groups
 
 
-def plan(function: Function, shape: tuple[int, ...], entry: int, most: int) -> Plan | None:
+def plan(function: Function, shape: tuple[int, ...], _: int, entry: int, most: int) -> Plan | None:
     """For entries of so many bytes, of all arrays; None if not even one tile of rows fits fast memory of `most`."""
-    _, rows, classes = _sides(shape)
+    _batch, rows, classes = _sides(shape)
     tiles = pl.cdiv(classes, LANES)
     row = tiles * LANES
     group = 2 * SUBLANES  # two tiles, as half precision fills its registers
@@ -200,7 +200,7 @@ def call(
 
     given = tuple(map(laid_out, arrays, function.arguments))
     scratch = [pltpu.VMEM((plan.rows, classes), jnp.float32)] * plan.keeps
-    blocks_of = Blocks((batch, blocks), by_entry, by_row, entries, numbers, scratch, plan.memory)
+    blocks_of = Blocks((batch, blocks), by_entry, by_entry, by_row, entries, numbers, scratch, plan.memory)
     out = blocks_of.call(partial(_kernel, function, plan), name, function, given, interpret)
     return tuple(map(as_given, out, function.results))
 

@@ -103,12 +103,15 @@ class Blocks(NamedTuple):
     """How arrays are cut: those of entries, and those of rows."""
 
     grid: tuple[int, ...]
-    by_entry: Any
+    read: Any  # of entries
+    written: Any
     by_row: Any
     entries: Any  # type of a result
     numbers: Any
     scratch: list[Any]
     memory: int  # in bytes
+    in_turn: int = 0  # the last axes of the grid along which blocks wait for the one before
+    reads: int = 1  # of all entries
 
     def call(
         self,
@@ -119,26 +122,32 @@ class Blocks(NamedTuple):
         interpret: Any,
     ) -> Any:
         """The kernel's results, of arrays that lie as it wants them."""
-        moved = [*arrays, *[self.entries] * ("o" in function.results)]
+        written = [self.entries] * ("o" in function.results)
         entries = math.prod(self.entries.shape)
         return pl.pallas_call(
             kernel,
             out_shape=[self.entries if kind == "o" else self.numbers for kind in function.results],
             grid=self.grid,
-            in_specs=[self.by_entry if kind in "xt" else self.by_row for kind in function.arguments],
-            out_specs=[self.by_entry if kind == "o" else self.by_row for kind in function.results],
+            in_specs=[self.read if kind in "xt" else self.by_row for kind in function.arguments],
+            out_specs=[self.written if kind == "o" else self.by_row for kind in function.results],
             scratch_shapes=self.scratch,
             compiler_params=pltpu.CompilerParams(
-                dimension_semantics=("parallel",) * len(self.grid), vmem_limit_bytes=self.memory
+                dimension_semantics=("parallel",) * (len(self.grid) - self.in_turn) + ("arbitrary",) * self.in_turn,
+                vmem_limit_bytes=self.memory,
             ),
             cost_estimate=pl.CostEstimate(
                 flops=10 * entries,
                 transcendentals=entries,
-                bytes_accessed=sum(math.prod(x.shape) * x.dtype.itemsize for x in moved),
+                bytes_accessed=self.reads * sum(map(_size, arrays)) + sum(map(_size, written)),
             ),
             name=f"jaxent_{name}",
             interpret=interpret,
         )(*arrays)
+
+
+def _size(x: Any) -> int:
+    """In bytes."""
+    return math.prod(x.shape) * x.dtype.itemsize
 
 
 def wide(x: jax.Array) -> jax.Array:
