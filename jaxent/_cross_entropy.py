@@ -185,7 +185,7 @@ def added(label_smoothing: Scalar, z_loss: Scalar) -> Added:
     return Added(*(x if isinstance(x, jax.Array) else float(x) or None for x in (label_smoothing, z_loss)))
 
 
-@partial(jax.jit, static_argnums=6)
+@partial(jax.jit, static_argnums=6, inline=True)  # so that a kernel may see where logits come from
 def _cross_entropy(
     logits: FloatArray,
     labels: LabelArray,

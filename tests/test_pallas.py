@@ -2,6 +2,7 @@
 
 import functools
 import os
+import re
 import subprocess
 import sys
 
@@ -99,6 +100,52 @@ def test_nothing_is_read_beyond_arrays_and_nothing_races(monkeypatch, capfd, sha
         monkeypatch.setattr(form, "BLOCK", 2**17)  # several blocks, the last one in part
     _compare(tpu, shape, axis, "bfloat16", ("softmax", "label_loss_and_gradient", "expected_loss_and_gradient"))
     assert "RACE" not in "".join(capfd.readouterr())
+
+
+@pytest.mark.more
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("machine", "shape", "keeps"),
+    [
+        *[(gpu, (40, 300), None), (gpu, (9, 2500), None)],
+        # In blocks that are full: JAX's interpreter takes no others that are written over.
+        *[(tpu, (32, 640), None), (tpu, (256, 320), None), (tpu, (32, 10240), True), (tpu, (256, 1024), False)],
+    ],
+    ids=str,
+)
+def test_a_gradient_is_written_over_the_logits(monkeypatch, machine, shape, keeps, dtype):
+    if keeps is not None:
+        _as_long_rows(monkeypatch, keeps)
+    if machine is tpu:
+        monkeypatch.setattr(tpu, "INTERPRET", pltpu.InterpretParams())  # with one array for both
+    arrays = _arrays(shape, dtype)
+    for name in machine.LOWERING:
+        args = [jnp.asarray(arrays[kind]) for kind in FUNCTIONS[name].arguments]
+        run = functools.partial(getattr(machine, name), axis=ClassAxis(1), dtype=jnp.dtype(dtype))
+        got, want = (jax.jit(functools.partial(run, in_place=i))(*args) for i in (True, False))
+        for g, w in zip(got, want, strict=True):
+            np.testing.assert_array_equal(np.float32(g), np.float32(w))
+
+
+@pytest.mark.parametrize("platform", ["tpu", "cuda"])
+def test_only_logits_that_the_program_makes_are_written_over(monkeypatch, platform):
+    for machine in (tpu, gpu):
+        monkeypatch.setattr(machine, "INTERPRET", False)
+    if platform == "cuda" and gpu.unavailable():
+        pytest.skip(gpu.unavailable())
+    x, y = jax.ShapeDtypeStruct((64, 512), "bfloat16"), jax.ShapeDtypeStruct((64,), "int32")
+    w = jax.ShapeDtypeStruct((512, 512), "bfloat16")
+
+    def lowered(loss, *arguments):
+        gradient = jax.jit(jax.grad(loss))
+        text = gradient.trace(*arguments).lower(lowering_platforms=(platform,)).as_text()
+        assert "jaxent_label_loss_and_gradient" in text
+        return re.search(r"output_operand_aliases?\s*=\s*\[#", text) is not None
+
+    assert lowered(lambda x, w, y: jaxent.cross_entropy(x @ w, y), x, w, y)
+    assert lowered(lambda x, w, y: jaxent.cross_entropy((x @ w).reshape(8, 8, -1), y.reshape(8, 8)), x, w, y)
+    assert not lowered(jaxent.cross_entropy, x, y)
+    assert not lowered(lambda x, y: jaxent.cross_entropy(x.reshape(8, 8, -1), y.reshape(8, 8)), x, y)
 
 
 @pytest.mark.more(cases=1)

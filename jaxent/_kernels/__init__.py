@@ -177,6 +177,25 @@ def lower_kernel(kernel: Callable[..., Any], context: mlir.LoweringRuleContext, 
         return mlir.lower_fun(served)(context, *arrays)
 
 
+def lower_in_place(
+    kernel: Callable[..., Any], context: mlir.LoweringRuleContext, x: Any, *others: Any, dtype: Any, **options: Any
+) -> Any:
+    """The lowering rule of a kernel that writes its result over the logits, if the program makes them itself.
+
+    Whoever reads them as well does so before, or XLA makes a copy.
+    """
+    in_place = _made_here(x) and getattr(context.avals_in[0], "dtype", None) == dtype
+    return lower_kernel(kernel, context, x, *others, dtype=dtype, in_place=in_place, **options)
+
+
+def _made_here(x: Any) -> bool:
+    """Whether a value of a program is no argument, of which its caller would want a copy."""
+    made_by = x.owner
+    while getattr(made_by, "name", None) in ("stablehlo.reshape", "stablehlo.transpose", "sdy.sharding_constraint"):
+        made_by = made_by.operands[0].owner
+    return hasattr(made_by, "operands")  # and no block, which has arguments
+
+
 def module_of(name: str) -> Any:
     """A machine's file; None if a later JAX has not all that its kernels are made with."""
     try:

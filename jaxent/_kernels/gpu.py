@@ -17,8 +17,8 @@ from jax.experimental.pallas import triton as plgpu
 from jax.typing import DTypeLike
 
 from .._class_axis import ClassAxis
-from . import gpu_few, is_old_gpu
-from .rows import Function, Part, Rows, function_of, grouped, repeat, struct
+from . import gpu_few, is_old_gpu, lower_in_place
+from .rows import Function, Part, Rows, function_of, grouped, over_logits, repeat, struct
 from .rows import refusal as refusal_of_any
 
 INTERPRET: Any = False  # tests run the kernels on CPUs
@@ -89,7 +89,7 @@ def _kernel(function: Function, classes: int, block: int, *refs: Any) -> None:
 
 
 def _call(
-    name: str, function: Function, arrays: tuple[jax.Array, ...], dtype: DTypeLike, interpret: Any
+    name: str, function: Function, arrays: tuple[jax.Array, ...], dtype: DTypeLike, in_place: bool, interpret: Any
 ) -> tuple[jax.Array, ...]:
     """The results of a row function, whose classes are the last axis."""
     shape = arrays[0].shape
@@ -106,6 +106,7 @@ def _call(
         out_shape=[struct(*shapes[kind], *arrays) for kind in function.results],
         grid=(rows,),
         compiler_params=plgpu.CompilerParams(num_warps=max(1, block // (WARP * of_thread)), num_stages=1),
+        input_output_aliases=over_logits(function, in_place),
         name=f"jaxent_{name}",
         interpret=interpret,
     )(*map(laid_out, arrays, function.arguments))
@@ -115,7 +116,13 @@ def _call(
 
 
 def _function(name: str) -> Callable[..., Any]:
-    def served(*arrays: jax.Array, axis: ClassAxis, dtype: DTypeLike = jnp.float32, stats: bool = False) -> Any:
+    def served(
+        *arrays: jax.Array,
+        axis: ClassAxis,
+        dtype: DTypeLike = jnp.float32,
+        stats: bool = False,
+        in_place: bool = False,
+    ) -> Any:
         function, classes = function_of(name, stats), axis.size(arrays[0])
 
         def narrowed(x: jax.Array, kind: str) -> jax.Array:
@@ -124,9 +131,9 @@ def _function(name: str) -> Callable[..., Any]:
         given = tuple(map(narrowed, arrays, function.arguments))
         with jax.enable_x64(False):  # indices of 32 bits are enough, see LARGEST
             if _are_few(arrays[0].shape, axis.index):
-                results = gpu_few.call(name, function, given, axis.index, dtype, INTERPRET)
+                results = gpu_few.call(name, function, given, axis.index, dtype, in_place, INTERPRET)
             else:
-                results = _call(name, function, given, dtype, INTERPRET)
+                results = _call(name, function, given, dtype, in_place, INTERPRET)
         return results[0] if len(results) == 1 else results
 
     return served
@@ -174,3 +181,8 @@ label_loss = _function("label_loss")
 label_loss_and_gradient = _function("label_loss_and_gradient")
 expected_loss = _function("expected_loss")
 expected_loss_and_gradient = _function("expected_loss_and_gradient")
+
+LOWERING = {
+    "label_loss_and_gradient": partial(lower_in_place, label_loss_and_gradient),
+    "expected_loss_and_gradient": partial(lower_in_place, expected_loss_and_gradient),
+}

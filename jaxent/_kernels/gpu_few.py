@@ -14,7 +14,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jax.typing import DTypeLike
 
-from .rows import Function, Part, Rows, grouped, struct
+from .rows import Function, Part, Rows, grouped, over_logits, struct
 
 MOST_CLASSES = 512
 ENTRIES = 8  # of a thread
@@ -58,7 +58,13 @@ def _kernel(function: Function, classes: int, rows: int, block: tuple[int, int],
 
 
 def call(
-    name: str, function: Function, arrays: tuple[jax.Array, ...], axis: int, dtype: DTypeLike, interpret: Any
+    name: str,
+    function: Function,
+    arrays: tuple[jax.Array, ...],
+    axis: int,
+    dtype: DTypeLike,
+    in_place: bool,
+    interpret: Any,
 ) -> tuple[jax.Array, ...]:
     """The results of a row function."""
     shape = arrays[0].shape
@@ -78,6 +84,7 @@ def call(
         out_shape=[struct(*shapes[kind], *arrays) for kind in function.results],
         grid=(*of_rows[:-1], pl.cdiv(rows, several)),
         compiler_params=plgpu.CompilerParams(num_warps=max(1, several * width // (WARP * ENTRIES)), num_stages=1),
+        input_output_aliases=over_logits(function, in_place),
         name=f"jaxent_{name}",
         interpret=interpret,
     )(*map(laid_out, arrays, function.arguments))

@@ -107,6 +107,11 @@ def grouped(function: Function, refs: tuple[Any, ...]) -> tuple[list[Any], ...]:
     )
 
 
+def over_logits(function: Function, in_place: bool) -> dict[int, int]:
+    """Which argument a result is written over, as Pallas wants to know it."""
+    return {0: function.results.index("o")} if in_place else {}
+
+
 def refusal(floats: tuple[str, ...], x: Any, *others: Any, dtype: DTypeLike) -> str | None:
     """Why no such kernel takes such arguments; `floats` are what it can compute."""
     wide = (jnp.dtype(dtype), *(a.dtype for a in (x, *others) if a.ndim == x.ndim))

@@ -7,6 +7,7 @@ padding is small; a kernel that wanted them otherwise would have them copied.
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -15,7 +16,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jax.typing import DTypeLike
 
 from .._class_axis import ClassAxis
-from . import tpu_columns, tpu_lanes, tpu_long
+from . import lower_in_place, tpu_columns, tpu_lanes, tpu_long
 from .rows import function_of
 from .rows import refusal as refusal_of_any
 from .tpu_parts import LANES, SUBLANES
@@ -112,7 +113,13 @@ def _form(name: str, arrays: Any, axis: int, dtype: DTypeLike) -> _Form:
 
 
 def _function(name: str) -> Callable[..., Any]:
-    def served(*arrays: jax.Array, axis: ClassAxis, dtype: DTypeLike = jnp.float32, stats: bool = False) -> Any:
+    def served(
+        *arrays: jax.Array,
+        axis: ClassAxis,
+        dtype: DTypeLike = jnp.float32,
+        stats: bool = False,
+        in_place: bool = False,
+    ) -> Any:
         function, shape, classes = function_of(name, stats), arrays[0].shape, axis.size(arrays[0])
         form = _form(name, arrays, axis.index, dtype)
 
@@ -127,7 +134,7 @@ def _function(name: str) -> Callable[..., Any]:
 
         given = tuple(map(as_seen, arrays, function.arguments))
         with jax.enable_x64(False):  # indices of 64 bits do not compile
-            found = form.file.call(name, function, form.plan, given, dtype, INTERPRET)
+            found = form.file.call(name, function, form.plan, given, dtype, in_place, INTERPRET)
         results = tuple(map(as_given, found, function.results))
         return results[0] if len(results) == 1 else results
 
@@ -166,3 +173,8 @@ label_loss = _function("label_loss")
 label_loss_and_gradient = _function("label_loss_and_gradient")
 expected_loss = _function("expected_loss")
 expected_loss_and_gradient = _function("expected_loss_and_gradient")
+
+LOWERING = {
+    "label_loss_and_gradient": partial(lower_in_place, label_loss_and_gradient),
+    "expected_loss_and_gradient": partial(lower_in_place, expected_loss_and_gradient),
+}

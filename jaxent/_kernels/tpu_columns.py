@@ -148,7 +148,13 @@ def _rows(plan: Plan, i: Any) -> tuple[Any, ...]:
 
 
 def call(
-    name: str, function: Function, plan: Plan, arrays: tuple[jax.Array, ...], dtype: DTypeLike, interpret: Any
+    name: str,
+    function: Function,
+    plan: Plan,
+    arrays: tuple[jax.Array, ...],
+    dtype: DTypeLike,
+    in_place: bool,
+    interpret: Any,
 ) -> tuple[jax.Array, ...]:
     """The results of a row function of arrays whose axes are as they lie."""
     axis, shape = plan.classes, arrays[0].shape
@@ -171,7 +177,7 @@ def call(
     given = tuple(map(laid_out, arrays, function.arguments))
     scratch = [pltpu.VMEM(tuple(n for n in plan.block if n is not None), jnp.float32)] * plan.keeps
     blocks = Blocks(grid, by_entry, by_entry, by_row, entries, numbers, scratch, plan.memory)
-    out = blocks.call(partial(_kernel, function, plan), name, function, given, interpret)
+    out = blocks.call(partial(_kernel, function, plan), name, function, given, in_place, interpret)
     return tuple(x if kind == "o" else x.squeeze(axis) for x, kind in zip(out, function.results, strict=True))
 
 

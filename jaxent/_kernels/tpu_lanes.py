@@ -174,7 +174,13 @@ def _kernel(function: Function, plan: Plan, *refs: Any) -> None:
 
 
 def call(
-    name: str, function: Function, plan: Plan, arrays: tuple[jax.Array, ...], dtype: DTypeLike, interpret: Any
+    name: str,
+    function: Function,
+    plan: Plan,
+    arrays: tuple[jax.Array, ...],
+    dtype: DTypeLike,
+    in_place: bool,
+    interpret: Any,
 ) -> tuple[jax.Array, ...]:
     """The results of a row function, whose classes are the last axis."""
     shape = arrays[0].shape
@@ -201,7 +207,7 @@ def call(
     given = tuple(map(laid_out, arrays, function.arguments))
     scratch = [pltpu.VMEM((plan.rows, classes), jnp.float32)] * plan.keeps
     blocks_of = Blocks((batch, blocks), by_entry, by_entry, by_row, entries, numbers, scratch, plan.memory)
-    out = blocks_of.call(partial(_kernel, function, plan), name, function, given, interpret)
+    out = blocks_of.call(partial(_kernel, function, plan), name, function, given, in_place, interpret)
     return tuple(map(as_given, out, function.results))
 
 

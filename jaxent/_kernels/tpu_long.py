@@ -160,7 +160,13 @@ def _kernel(function: Function, plan: Plan, *refs: Any) -> None:
 
 
 def call(
-    name: str, function: Function, plan: Plan, arrays: tuple[jax.Array, ...], dtype: DTypeLike, interpret: Any
+    name: str,
+    function: Function,
+    plan: Plan,
+    arrays: tuple[jax.Array, ...],
+    dtype: DTypeLike,
+    in_place: bool,
+    interpret: Any,
 ) -> tuple[jax.Array, ...]:
     """The results of a row function of arrays whose axes are as they lie."""
     axis, shape = plan.axis, arrays[0].shape
@@ -203,7 +209,7 @@ def call(
         in_turn=2,
         reads=1 if plan.keeps or function.entry is None else 2,
     )
-    out = blocks.call(partial(_kernel, function, plan), name, function, tuple(given), interpret)
+    out = blocks.call(partial(_kernel, function, plan), name, function, tuple(given), in_place, interpret)
     return tuple(x if kind == "o" else x.squeeze(axis) for x, kind in zip(out, function.results, strict=True))
 
 

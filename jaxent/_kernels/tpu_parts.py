@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from .rows import Function
+from .rows import Function, over_logits
 
 LANES, SUBLANES = 128, 8  # of a register and of a tile of memory
 STEP = 128  # registers of logits that a step of a loop takes
@@ -119,6 +119,7 @@ class Blocks(NamedTuple):
         name: str,
         function: Function,
         arrays: tuple[jax.Array, ...],
+        in_place: bool,
         interpret: Any,
     ) -> Any:
         """The kernel's results, of arrays that lie as it wants them."""
@@ -140,6 +141,7 @@ class Blocks(NamedTuple):
                 transcendentals=entries,
                 bytes_accessed=self.reads * sum(map(_size, arrays)) + sum(map(_size, written)),
             ),
+            input_output_aliases=over_logits(function, in_place),
             name=f"jaxent_{name}",
             interpret=interpret,
         )(*arrays)
