@@ -37,7 +37,7 @@ from ._check import (
 )
 from ._class_axis import ClassAxis, class_axis
 from ._expected_loss import Logits, expected_losses, expected_pass, expected_total
-from ._kernels import compute_dtype
+from ._kernels import INLINE, compute_dtype
 from ._label_loss import Factors, How, Parts, Row, label_losses, label_pass, label_total, mixed
 from ._linear import times
 from ._nll import Scale, Target, read_labels, scale_classes, scale_of_all, scale_of_each
@@ -185,7 +185,7 @@ def added(label_smoothing: Scalar, z_loss: Scalar) -> Added:
     return Added(*(x if isinstance(x, jax.Array) else float(x) or None for x in (label_smoothing, z_loss)))
 
 
-@partial(jax.jit, static_argnums=6, inline=True)  # so that a kernel may see where logits come from
+@partial(jax.jit, static_argnums=6, inline=INLINE)  # so that a kernel may see where logits come from
 def _cross_entropy(
     logits: FloatArray,
     labels: LabelArray,

@@ -30,7 +30,7 @@ from ._check import (
     normalize_axis,
 )
 from ._class_axis import ClassAxis, class_axis
-from ._kernels import compute_dtype, wide
+from ._kernels import INLINE, compute_dtype, wide
 from ._linear import linear, times
 
 
@@ -103,7 +103,7 @@ def nll(
     return _nll(log_probs, labels, weight, sample_weight, classes, ignore_index, reduction)
 
 
-@partial(jax.jit, static_argnums=(4, 5, 6), inline=True)  # so that a kernel may see where log_probs come from
+@partial(jax.jit, static_argnums=(4, 5, 6), inline=INLINE)  # so that a kernel may see where log_probs come from
 def _nll(
     log_probs: FloatArray,
     labels: LabelArray,

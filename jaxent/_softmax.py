@@ -144,7 +144,7 @@ def _apply(
     return _of_shown(function, logits, where, classes, dtype, implementation)
 
 
-@partial(jax.jit, static_argnums=(0, 3, 4, 5), inline=True)
+@partial(jax.jit, static_argnums=(0, 3, 4, 5), inline=kernels.INLINE)
 def _of_shown(
     function: Callable[..., Array],
     logits: FloatArray,

@@ -40,6 +40,10 @@ MACHINES = {  # by platform, as JAX calls it when it lowers
 }
 
 
+# For `jax.jit` of what kernels want to see the arguments of: JAX 0.12 says when a program takes up another.
+INLINE: Any = jax.Inline.JAX_EARLY if hasattr(jax, "Inline") else True
+
+
 def implementations() -> tuple[str, ...]:
     """What may be asked for by name."""
     return ("xla", *sorted({machine.implementation for machine in MACHINES.values()}))
