@@ -9,8 +9,8 @@
 The value and both gradients of the mean loss, for one device. The time is an estimate: of each kernel the larger of
 its products over the chip's FLOPs and its bytes over the bandwidth, one after the other (`_cost.py`). Temporaries are
 the peak of the device's memory without arguments and results, in per cent of the float32 logits. "at once" is jaxent
-with `ignore_index=None`, and "cross_entropy" jaxent's of the product of hidden and kernel. Bytes, FLOPs and temporaries are the same on every run; the seconds of compiling, which are
-given as a multiple of optax's, are not.
+with `ignore_index=None`, and "cross_entropy" jaxent's of the product of hidden and kernel. Bytes, FLOPs and
+temporaries are the same on every run; the seconds of compiling, which are given as a multiple of optax's, are not.
 
 `--distillation` counts linear_distillation_loss at the second shape, teacher and student alike, and beside it
 distillation_loss of full logits. Its temporaries are in per cent of one model's float32 logits.
@@ -227,8 +227,8 @@ DISTILLATION = """\
 |---|---|---|---:|---:|---:|"""
 HEADER = """\
 | chip | dtype | tokens x features x classes | jaxent, ms | at once | cross_entropy | optax | jaxent / optax \
-| at once / optax | cross_entropy / optax | jaxent, GB | at once | cross_entropy | optax | jaxent, temporaries | at once \
-| cross_entropy | optax | accumulator + 20 % | compiling |
+| at once / optax | cross_entropy / optax | jaxent, GB | at once | cross_entropy | optax | jaxent, temporaries \
+| at once | cross_entropy | optax | accumulator + 20 % | compiling |
 |---|---|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|"""
 
 
