@@ -9,7 +9,8 @@
 The value and both gradients of the mean loss, for one device. The time is an estimate: of each kernel the larger of
 its products over the chip's FLOPs and its bytes over the bandwidth, one after the other (`_cost.py`). Temporaries are
 the peak of the device's memory without arguments and results, in per cent of the float32 logits. "at once" is jaxent
-with `ignore_index=None`, and "cross_entropy" jaxent's of the product of hidden and kernel. Bytes, FLOPs and
+with `ignore_index=None`, "cross_entropy" jaxent's of the product of hidden and kernel, and "tokamax", where that is
+installed, its `chunked_xla`, whose values are wrong where its blocks do not divide the classes. Bytes, FLOPs and
 temporaries are the same on every run; the seconds of compiling, which are given as a multiple of optax's, are not.
 
 `--distillation` counts linear_distillation_loss at the second shape, teacher and student alike, and beside it
@@ -33,6 +34,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -72,7 +74,16 @@ def losses() -> dict[str, Callable[..., Any]]:
 
     at_once = partial(jaxent.linear_cross_entropy, ignore_index=None)
     linear = {"jaxent": jaxent.linear_cross_entropy, "jaxent at once": at_once}
-    return {"optax": plain, **linear, "cross_entropy": dense}
+    contestants = {"optax": plain, **linear, "cross_entropy": dense}
+    if find_spec("tokamax"):
+        import tokamax  # pyright: ignore[reportMissingImports]
+
+        def chunked(hidden: Any, kernel: Any, labels: Any) -> Any:
+            loss = tokamax.linear_softmax_cross_entropy_loss
+            return loss(hidden, labels, kernel, reduction="mean", implementation="chunked_xla")
+
+        contestants["tokamax"] = chunked
+    return contestants
 
 
 def distillations() -> dict[str, Callable[..., Any]]:
@@ -194,18 +205,18 @@ def split_rows(how: str, shape: tuple[int, int, int]) -> Iterator[str]:
         yield f"| {' | '.join([*cells, f'{1e-6 * temporaries:,.0f}', ', '.join(large)])} |"
 
 
-def row(chip: str, shape: tuple[int, int, int], dtype: str, found: dict[str, Counted]) -> str:
+def rows(chip: str, shape: tuple[int, int, int], dtype: str, found: dict[str, Counted]) -> Iterator[str]:
     """Of the Markdown table."""
-    optax, ours, at_once, dense = (found.get(name) for name in losses())
-    if optax is None or ours is None or at_once is None or dense is None:
-        return f"| {chip} | {dtype} | {' x '.join(map(str, shape))} | optax does not fit the chip |"
-    cells = [chip, dtype, " x ".join(map(str, shape))]
-    cells += [f"{c.milliseconds:.2f}" for c in (ours, at_once, dense, optax)]
-    cells += [f"{c.milliseconds / optax.milliseconds:.2f}" for c in (ours, at_once, dense)]
-    cells += [f"{c.gigabytes:.1f}" for c in (ours, at_once, dense, optax)]
-    cells += [f"{c.temporaries:.0f} %" for c in (ours, at_once, dense, optax)]
-    cells.append(f"{100 * shape[1] / shape[0] + 20:.0f} %")
-    return f"| {' | '.join([*cells, f'{ours.compiling / optax.compiling:.1f}'])} |"
+    optax = found.get("optax")
+    for name in losses():
+        cells, counted = [chip, dtype, " x ".join(map(str, shape)), name], found.get(name)
+        if counted is None:
+            cells += ["does not fit the chip", *[""] * 4]
+        else:
+            of_optax = [f"{ours / theirs:.2f}" for ours, theirs in zip(counted, optax or (), strict=False)]
+            cells += [f"{counted.milliseconds:.2f}", of_optax[0] if of_optax else "", f"{counted.gigabytes:.1f}"]
+            cells += [f"{counted.temporaries:.0f} %", of_optax[-1] if of_optax else ""]
+        yield f"| {' | '.join([*cells, f'{100 * shape[1] / shape[0] + 20:.0f} %'])} |"
 
 
 CHUNKS = """\
@@ -226,10 +237,9 @@ DISTILLATION = """\
 | chip | dtype | loss | estimated ms | GB moved | temporaries |
 |---|---|---|---:|---:|---:|"""
 HEADER = """\
-| chip | dtype | tokens x features x classes | jaxent, ms | at once | cross_entropy | optax | jaxent / optax \
-| at once / optax | cross_entropy / optax | jaxent, GB | at once | cross_entropy | optax | jaxent, temporaries \
-| at once | cross_entropy | optax | accumulator + 20 % | compiling |
-|---|---|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|"""
+| chip | dtype | tokens x features x classes | loss | estimated ms | of optax's | GB moved | temporaries \
+| compiling, of optax's | accumulator + 20 % |
+|---|---|---|---|---:|---:|---:|---:|---:|---:|"""
 
 
 def main() -> None:
@@ -270,7 +280,7 @@ def main() -> None:
     stored = json.loads(FILE.read_text()) if FILE.exists() else {}
     faults = []
     names = list(distillations() if arguments.distillation else losses())
-    peers = {"optax", *(name for name in names if name.startswith("distillation_loss"))}
+    peers = {"optax", "tokamax", *(name for name in names if name.startswith("distillation_loss"))}
     if not arguments.check:
         print(DISTILLATION if arguments.distillation else HEADER)
     for chip in arguments.chips:
@@ -296,7 +306,8 @@ def main() -> None:
                         cells = chip, dtype, name, f"{milliseconds:.1f}", f"{gigabytes:.1f}", f"{share:.1f} %"
                         print(f"| {' | '.join(cells)} |", flush=True)
                 elif not arguments.check:
-                    print(row(chip, shape, dtype, found), flush=True)
+                    for line in rows(chip, shape, dtype, found):
+                        print(line, flush=True)
     if arguments.write:
         FILE.write_text(json.dumps(stored, indent=1) + "\n")
     if arguments.check:

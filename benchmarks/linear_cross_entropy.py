@@ -1,12 +1,16 @@
 """Time and memory of linear_cross_entropy with its gradients, against unfused forms and other libraries.
 
     python benchmarks/linear_cross_entropy.py [--sweep] [--rounds 15] [--seconds 60] [--json FILE]
+    python benchmarks/linear_cross_entropy.py --compiled v5e,v6e,v5p,v7x,h100
 
 Each call computes the loss and its gradients with respect to hidden (tokens N, features D) and kernel (D, classes C)
 in float32. `_runner.py` says how is measured. Among the contestants is a plain large matrix product, which measures
 what the machine can do: the share of the matmul rate counts the three products that the gradients need, for the
 tokens that are not ignored; reduction "none" makes the logits a second time. Memory is the compiled program's
 temporaries in per cent of the N * C * 4 bytes of the logits. Ctrl-C prints what is done.
+
+With `--compiled` nothing is run: what compilers of TPUs and GPUs make of it is counted, by `compiled_linear.py`, whose
+own options say more; it needs no PyTorch.
 
 The contestants:
 
@@ -24,6 +28,8 @@ The contestants:
 import argparse
 import logging
 import math
+import subprocess
+import sys
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
@@ -33,7 +39,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import torch
 from _runner import Call, blocking, jitted, machine, measure, write_json
 
 import jaxent
@@ -98,14 +103,16 @@ def masked_optax_loss(hidden: jax.Array, kernel: jax.Array, labels: jax.Array, _
     return jnp.where(counts, losses, 0.0).sum() / counts.sum()
 
 
-def torch_losses() -> dict[str, Callable[..., torch.Tensor]]:
+def torch_losses() -> dict[str, Callable[..., Any]]:
     """The same for PyTorch, whose weight is the transpose of kernel."""
+    import torch
+
     functional = torch.nn.functional
 
-    def unfused(hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, reduction: str) -> torch.Tensor:
+    def unfused(hidden: Any, weight: Any, labels: Any, reduction: str) -> Any:
         return functional.cross_entropy(functional.linear(hidden, weight), labels, reduction=reduction)
 
-    def chunked(hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, reduction: str) -> torch.Tensor:
+    def chunked(hidden: Any, weight: Any, labels: Any, reduction: str) -> Any:
         options = torch.nn.LinearCrossEntropyOptions()
         return functional.linear_cross_entropy(hidden, weight, labels, reduction=reduction, options=options)
 
@@ -122,6 +129,8 @@ class Contestants(NamedTuple):
 
 def contestants(case: Case) -> Contestants:
     """Everybody's value and gradients of one case; `matmul` is a plain product."""
+    import torch
+
     rng = np.random.default_rng(0)
     x = rng.standard_normal((case.tokens, case.features), dtype=np.float32)
     w = rng.standard_normal((case.features, case.classes), dtype=np.float32)
@@ -208,6 +217,13 @@ def row_of(result: dict[str, Any]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
+def compiled(chips: list[str]) -> int:
+    """Tables of `compiled_linear.py`, for TPUs and for a GPU apart: a process is for one of them."""
+    command = [sys.executable, str(Path(__file__).with_name("compiled_linear.py")), "--chips"]
+    groups = [[chip for chip in chips if (chip == "h100") == is_gpu] for is_gpu in (False, True)]
+    return max(subprocess.run([*command, *group], check=False).returncode for group in groups if group)
+
+
 def main() -> None:
     """Print the table and, on request, write it as JSON."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -216,7 +232,12 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=15, help="at most, for each case")
     parser.add_argument("--seconds", type=float, default=60.0, help="at most, for each case beyond two rounds")
     parser.add_argument("--json", type=Path)
+    parser.add_argument(
+        "--compiled", metavar="CHIPS", help="count what compilers make of it for v5e,v6e,v5p,v7x,h100"
+    )
     args = parser.parse_args()
+    if args.compiled:
+        raise SystemExit(compiled(args.compiled.split(",")))
 
     print(", ".join(f"{key} {value}" for key, value in machine("optax", "torch").items()))
     if not find_spec("tokamax"):

@@ -41,7 +41,7 @@ MACHINES = {  # by platform, as JAX calls it when it lowers
 
 
 # For `jax.jit` of what kernels want to see the arguments of: JAX 0.12 says when a program takes up another.
-INLINE: Any = jax.Inline.JAX_EARLY if hasattr(jax, "Inline") else True
+INLINE: Any = getattr(getattr(jax, "Inline", None), "JAX_EARLY", True)
 
 
 def implementations() -> tuple[str, ...]:
