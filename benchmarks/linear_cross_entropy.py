@@ -9,8 +9,8 @@ what the machine can do: the share of the matmul rate counts the three products 
 tokens that are not ignored; reduction "none" makes the logits a second time. Memory is the compiled program's
 temporaries in per cent of the N * C * 4 bytes of the logits. Ctrl-C prints what is done.
 
-With `--compiled` nothing is run: what compilers of TPUs and GPUs make of it is counted, by `compiled_linear.py`, whose
-own options say more; it needs no PyTorch.
+With `--compiled` nothing is run: what the compilers of TPUs and GPUs make of it is counted, by `compiled_linear.py`,
+which has options of its own. PyTorch is not needed then.
 
 The contestants:
 
