@@ -26,6 +26,7 @@ For the environment see compiled.py.
 """
 
 import argparse
+import contextlib
 import itertools
 import json
 import re
@@ -134,12 +135,18 @@ def count(chip: str, name: str, shape: tuple[int, int, int], dtype: str, chunk_s
     start = time.perf_counter()
     loss = {**losses(), **distillations()}[name]
     loss = loss if chunk_size is None else partial(loss, chunk_size=chunk_size)
-    program, temporaries = compiled_for(chip, jax.jit(jax.value_and_grad(loss, (0, 1))).lower(*arguments))
+    with contextlib.nullcontext() if chip == "h100" else jax.set_mesh(mesh):  # which tells of the chip
+        lowered = jax.jit(jax.value_and_grad(loss, (0, 1))).lower(*arguments)
+    program, temporaries = compiled_for(chip, lowered)
     compiling = time.perf_counter() - start
     width = jax.numpy.dtype(dtype).itemsize / 4
-    held = (width, 1.0) if chip == "h100" and dtype != "bfloat16" else (width,)  # for which it has no kernel
+    held = [width]
+    if chip == "h100" and dtype != "bfloat16":  # for which it has no kernel
+        held.append(1.0)
     at_once = name == "jaxent at once" and fit_at_once(tokens, features, sum(held))
-    size = chunk_size or chunk_size_for_memory(tokens, features, held, gradient=width)
+    beside = chip in ("v5p", "v7x")  # where chunks hold the gradient, too
+    sizes = [*held, *[width] * beside], None if beside and width < 1.0 else width
+    size = chunk_size or chunk_size_for_memory(tokens, features, sizes[0], gradient=sizes[1])
     steps = 0 if at_once or size >= tokens else -(-tokens // size)
     kernels = kernels_of(program.as_text(), steps - (steps > 1 and chip == "h100"))  # the first of its steps is apart
     share = 100 * temporaries / (4 * tokens * classes)

@@ -83,6 +83,19 @@ def fit_at_once(tokens: Any, features: Any, held: float) -> bool:
     return isinstance(tokens, int) and isinstance(features, int) and 0 < (held - SHARE) * tokens <= features
 
 
+def pays_to_walk_twice(tokens: Any, size: int, flops_per_byte: float) -> bool:
+    """Whether chunks of `size` tokens wait for the sum of the kernel's gradient longer than a product takes.
+
+    Of each weight they read and write 8 bytes a chunk while the product takes two FLOPs a token, and 10 before and
+    after. Of bfloat16.
+    """
+    if not isinstance(tokens, int):  # of a size that is known when it runs
+        return False
+    steps = -(-tokens // size)
+    waits = 10.0 + steps * max(0.0, 8.0 - 2.0 * size / flops_per_byte)
+    return steps > 1 and 2.0 * tokens / flops_per_byte < waits
+
+
 def is_one_chunk(tokens: Any, size: int | None) -> bool:
     """Whether somebody wants all tokens at once: then there is no chunk to skip, and no sum to add a chunk to."""
     return size is not None and isinstance(tokens, int) and 0 < tokens <= size

@@ -16,12 +16,14 @@ from ._check import WeightArray
 from ._chunks import (
     ENOUGH,
     Chunks,
+    block_of_classes,
     chunk_size_for_memory,
     chunk_size_in_caches,
     everywhere,
     fit_at_once,
     is_one_chunk,
     packed_chunks,
+    pays_to_walk_twice,
     strided_chunks,
     unseen_parts,
 )
@@ -29,7 +31,8 @@ from ._class_axis import ClassAxis, vary
 from ._cross_entropy import Added, LossOptions, LossStats, Mixture, mixture, read_target, scale_of, told
 from ._distillation import Divergence, divergences, divergences_and_gradient
 from ._entropy import entropies, entropies_and_gradient
-from ._kernels.product import Layer, fit, goes_alone
+from ._kernels.chip import tpu
+from ._kernels.product import Layer, dot, fit, goes_alone
 from ._label_loss import How, is_easily_underflown, is_perturbed, mixed, unmoved
 from ._linear import inner, linear, times
 from ._nll import Scale, counting, read_labels
@@ -41,6 +44,7 @@ from ._product_loss import (
     lies_by_class,
     product_losses,
     product_losses_and_gradient,
+    product_losses_and_gradients,
     product_losses_and_scaled_gradient,
 )
 
@@ -97,6 +101,7 @@ class _Gradients(NamedTuple):
     logit_scale: Float[Array, ""] | None
 
 
+_LARGE_FAST_MEMORY = 2**27  # bytes: a core that has less keeps the gradient beside the exponentials it is made of
 _SHARE_OF_PAIRS = 0.05  # of one model's logits, what is held of both models' at most
 _Wanted = tuple[bool, bool, bool, bool]
 _NOTHING: _Wanted = (False, False, False, False)
@@ -478,6 +483,11 @@ def _sweep_fused(
     if has_logits or (holds_logits and way == "fused"):  # or the gradient that is made of exponentials
         held.append(1.0 if has_logits else operand.itemsize / wide)
     gradient = arrays.kernel.dtype.itemsize / wide if wanted[1] else None
+    fits_at_once = fit_at_once(tokens, features, sum(held))
+    chip = None if holds_logits else tpu()
+    if chip is not None and chip.fast_memory < _LARGE_FAST_MEMORY and way == "fused":
+        held.append(operand.itemsize / wide)
+        gradient = gradient if gradient == 1.0 else None  # they are not where the result will be
     size = chunk_size_for_memory(tokens, features, held, parts, gradient=gradient)
     by_class = not holds_logits and lies_by_class(*arrays.kernel.shape)
     machine = {"by_class": by_class, "apart": holds_logits, "filled": filled or 0}
@@ -485,19 +495,44 @@ def _sweep_fused(
     chunks = _chunks(options, arrays, counts, size, skip=True)
     more = options.entropy or options.divergence is not None  # is held beside the logits
     one_chunk = is_one_chunk(tokens, options.chunk_size)
-    if not one_chunk and (options.chunk_size or more or not fit_at_once(tokens, features, sum(held))):
+    walks = way == "fused" and parts == 1 and not (options.chunk_size or by_class)
+    walks = walks and wanted[1] and operand == jnp.bfloat16
+    walks = walks and chip is not None and pays_to_walk_twice(tokens, size, chip.flops_per_byte)
+    if not (one_chunk or walks) and (options.chunk_size or more or not fits_at_once):
         return loop(chunks)
-    at_once = strided_chunks(tokens, tokens, counts)
+    whole = partial(loop, strided_chunks(tokens, tokens, counts))
+    if walks:
+        block = block_of_classes(tokens, arrays.kernel.shape[1], size)
+        whole = partial(_walk_along_classes, options, wanted, arrays, scale, block)
     if counts is None or parts > 1 or one_chunk:
-        return loop(at_once)
+        return whole()
     if tokens > ENOUGH:  # a second program would be compiled for little
         return loop(chunks)
     # Where every chunk is needed, none is skipped. Without barriers gradients would be converted after the branches,
     # which would return them wide; one for all would make them vary over the same axes of a mesh.
     barred = partial(jax.tree.map, jax.lax.optimization_barrier)
-    branches = (lambda chunks=chunks: barred(loop(chunks)) for chunks in (at_once, chunks))
+    branches = (lambda way=way: barred(way()) for way in (whole, partial(loop, chunks)))
     with jax.named_scope("at_once"):
         return jax.lax.cond(everywhere(chunks.steps == -(-tokens // chunks.size)), *branches)
+
+
+def _walk_along_classes(
+    options: Options, wanted: _Wanted, arrays: Arrays, scale: Float[Array, "tokens ..."] | None, block: int
+) -> tuple[Float[Array, "tokens ..."], None, _Gradients]:
+    """All tokens at once, a block of classes at a time, see `product_losses_and_gradients`; every token counts."""
+    given, dtype = _given(arrays), _compute_dtype(arrays)
+    x = arrays.hidden.astype(given.layer.weight.dtype)
+    near = center(given.layer, options.classes, apart=False)
+    losses = given.mixture(options, arrays.labels, x)
+    assert losses.label is not None
+    scale = jnp.ones(options.rows(x.shape[0]), dtype) if scale is None else scale
+    factors = losses.factors.times(scale).rows(losses.label)
+    rows, gradients = product_losses_and_gradients(
+        given.layer, near, x, losses.label, factors, options.classes, wanted, block
+    )
+    of = zip(gradients, arrays[:3], strict=True)
+    hidden, kernel, bias = (None if g is None or x is None else _kept(g, x.dtype) for g, x in of)
+    return mixed(losses.label, rows, losses.factors), None, _Gradients(hidden, kernel, bias, None)
 
 
 def _filled_up(options: Options, arrays: Arrays) -> int | None:
@@ -554,8 +589,8 @@ def _loop(
         hidden_term = None
         if wanted[0]:  # in the other order faster on CPUs
             kernel = given.layer.kernel
-            hidden_term = _dot(kernel, g, 1, 1, dtype).T if way == "tiles" else _dot(g, kernel, 1, 1, dtype)
-        kernel_term = (g if way == "tiles" else _dot(x, g, 0, 0, dtype)) if wanted[1] else None
+            hidden_term = dot(kernel, g, 1, 1, dtype).T if way == "tiles" else dot(g, kernel, 1, 1, dtype)
+        kernel_term = (g if way == "tiles" else dot(x, g, 0, 0, dtype)) if wanted[1] else None
         return loss, known, _Gradients(hidden_term, kernel_term, bias_term, scale_term)
 
     if way == "differentiable":
@@ -638,9 +673,9 @@ def _scaled_products(
     g = g.astype(operand)
     hidden_term = None
     if wanted[0]:
-        hidden_term = _unless_nothing(scale, _dot(g, kernel, 1, 1, dtype))
+        hidden_term = _unless_nothing(scale, dot(g, kernel, 1, 1, dtype))
     x = _unless_nothing(scale, x.astype(dtype)).astype(operand)
-    return _Gradients(hidden_term, _dot(x, g, 0, 0, dtype) if wanted[1] else None, bias_term, None)
+    return _Gradients(hidden_term, dot(x, g, 0, 0, dtype) if wanted[1] else None, bias_term, None)
 
 
 def _unless_nothing(scale: Float[Array, "size 1"], x: Float[Array, "size ..."]) -> Float[Array, "size ..."]:
@@ -733,9 +768,9 @@ def _sweep_directional(
         kernel_dot, bias_dot, scale_dot = other_dots
         logits_dot = jnp.zeros((1, 1), dtype) if bias_dot is None else bias_dot[None]
         if x_dot is not None:
-            logits_dot += _dot(x_dot, given.layer.kernel.astype(dtype), 1, 0, dtype)
+            logits_dot += dot(x_dot, given.layer.kernel.astype(dtype), 1, 0, dtype)
         if kernel_dot is not None:
-            logits_dot += _dot(x.astype(dtype), kernel_dot, 1, 0, dtype)
+            logits_dot += dot(x.astype(dtype), kernel_dot, 1, 0, dtype)
 
         def of(unit: Array) -> Array:
             _, _, g, of_scale, _ = _losses_and_gradient_of(options, given, None, dtype, x, y, counts, unit)
@@ -890,23 +925,18 @@ def _add_product(
     axis = int(by_class)
     size: Any = total.shape[axis]
     if not isinstance(size, int):  # of a size that is known when it runs: no tiles
-        return total + _dot(x, g, 0, 0, total.dtype)
+        return total + dot(x, g, 0, 0, total.dtype)
     tile = min(1024 if by_class else max(x.shape[0] // 8, 8), size)
 
     def step(i: Any, total: Array) -> Array:
         start = jnp.minimum(i * tile, size - tile)  # the last tile may overlap the one before
         some = jax.lax.dynamic_slice_in_dim(g if by_class else x, start, tile, 1)
         some = jnp.where(start + jnp.arange(tile) >= i * tile, some, 0)
-        part = _dot(x, some, 0, 0, total.dtype) if by_class else _dot(some, g, 0, 0, total.dtype)
+        part = dot(x, some, 0, 0, total.dtype) if by_class else dot(some, g, 0, 0, total.dtype)
         part += jax.lax.dynamic_slice_in_dim(total, start, tile, axis)
         return jax.lax.dynamic_update_slice_in_dim(total, part, start, axis)
 
     return jax.lax.fori_loop(0, math.ceil(size / max(tile, 1)), step, total)
-
-
-def _dot(a: Array, b: Array, a_axis: int, b_axis: int, dtype: jnp.dtype) -> Array:
-    """Product of two matrices, contracting the given axes, accumulated and returned in `dtype`."""
-    return jax.lax.dot_general(a, b, (((a_axis,), (b_axis,)), ((), ())), preferred_element_type=dtype)
 
 
 def _small_chunks(options: Options, arrays: Arrays, counts: _Live, *, skip: bool) -> Chunks:

@@ -19,7 +19,7 @@ from ._chunks import ENOUGH, Chunks, block_of_classes, packed_chunks, strided_ch
 from ._class_axis import ClassAxis, vary
 from ._class_blocks import RowFunction, of_classes, row_values
 from ._distillation import Divergence, divergences, gradient_of_student
-from ._kernels.product import Layer
+from ._kernels.product import Layer, dot
 from ._label_loss import is_easily_underflown
 
 
@@ -175,10 +175,10 @@ def _along_classes(
                 of_bias += jnp.sum(g, 0)
             g = g.astype(operand)
             if of_hidden is not None:
-                term = _dot(g, part.student.kernel, 1, 1, dtype)
+                term = dot(g, part.student.kernel, 1, 1, dtype)
                 of_hidden = chunks.put(of_hidden, chunks.take(of_hidden, i) + term, i)
             if of_kernel is not None:
-                of_kernel += _dot(some_x, g, 0, 0, dtype)
+                of_kernel += dot(some_x, g, 0, 0, dtype)
             return Gradients(of_hidden, of_kernel, of_bias)
 
         def nothing_of(total: Array | None) -> Array | None:
@@ -217,8 +217,3 @@ def _counting(chunks: Chunks, i: Any, *arrays: Array) -> tuple[Array, ...]:
 def _zero(pair: Pair, tokens: Tokens) -> Float[Array, ""]:
     """It is typed as differing between devices wherever one of the arrays does."""
     return vary(jnp.zeros((), tokens.scale.dtype), *jax.tree.leaves((pair, tokens)))
-
-
-def _dot(a: Array, b: Array, a_axis: int, b_axis: int, dtype: jnp.dtype) -> Array:
-    """Product of two matrices, contracting the given axes, accumulated and returned in `dtype`."""
-    return jax.lax.dot_general(a, b, (((a_axis,), (b_axis,)), ((), ())), preferred_element_type=dtype)

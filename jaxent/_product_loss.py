@@ -21,7 +21,7 @@ from ._chunks import everywhere, unseen_parts
 from ._class_axis import ClassAxis, vary
 from ._kernels import compute_dtype
 from ._kernels.label_sums import LabelSums, label_gradient, label_rows
-from ._kernels.product import Layer, Sums, product_maxima, product_sums, sums_of_logits
+from ._kernels.product import Layer, Sums, dot, product_maxima, product_sums, sums_of_logits
 
 Row = Float[Array, " tokens"]
 _ROOM = 1e12  # for factors, for reciprocals, which are no normal numbers before sums are infinite, and for rounding
@@ -121,6 +121,55 @@ def product_losses_and_scaled_gradient(
     place = jnp.arange(len(y)), jnp.where(here, y - first, 0)
     e = e.at[place].set(jnp.where(here, of_label.astype(stored), e[place]), unique_indices=True)
     return *rows, e, jnp.where(counts, scale / (others + own), 0.0)
+
+
+def product_losses_and_gradients(
+    layer: Layer,
+    near: Center,
+    x: Float[Array, "tokens features"],
+    y: Integer[Array, " tokens"],
+    factors: tuple[Row, ...],
+    axis: ClassAxis,
+    wanted: tuple[bool, ...],
+    block: int,
+) -> tuple[tuple[Row, Row, Row], tuple[Array | None, ...]]:
+    """`label_loss` of their logits, and what their gradient is of hidden states, kernel and bias, in two walks.
+
+    One over all classes for the sums, and one in blocks of them, each of which completes a part of the kernel's
+    gradient: a further product, and no sum of chunks, which few tokens would wait for.
+    """
+    sums, _ = _sums(layer, near, x, y, axis, None)
+    dtype, classes, start = sums.others.dtype, layer.weight.shape[1], axis.start(layer.shape(x))
+
+    def step(j: Any, gradients: tuple[Array | None, ...]) -> tuple[Array | None, ...]:
+        begin = jnp.minimum(j * block, classes - block)
+        fresh = (begin + jnp.arange(block) >= j * block)[None]  # the last block may overlap the one before
+        part = layer.classes(begin, block)
+        e = jnp.exp(part.logits(x) - sums.reference)
+        label = y[:, None] == start + begin + jnp.arange(block)[None]
+        g = label_gradient(sums, label, e, y, *factors, axis=axis, classes=axis.size(layer.shape(x)))
+        g = jnp.where(fresh, layer.scaled(g), 0.0)
+        of_hidden, of_kernel, of_bias = gradients
+        narrow = g.astype(layer.weight.dtype)
+        if of_hidden is not None:
+            of_hidden += dot(narrow, part.weight, 1, 1, dtype)
+        of_kernel = added(of_kernel, dot(x, narrow, 0, 0, dtype), begin)
+        return of_hidden, of_kernel, added(of_bias, jnp.sum(g, 0), begin)
+
+    def added(total: Array | None, term: Array, begin: Any) -> Array | None:
+        if total is None:
+            return None
+        last = total.ndim - 1
+        if classes % block:
+            term += jax.lax.dynamic_slice_in_dim(total, begin, block, last)
+        return jax.lax.dynamic_update_slice_in_dim(total, term.astype(total.dtype), begin, last)
+
+    zero = vary(jnp.zeros((), dtype), x, y, *factors, *jax.tree.leaves(layer))
+    shapes = (x.shape, dtype), (layer.weight.shape, layer.weight.dtype), ((classes,), dtype)
+    nothing = (jnp.broadcast_to(zero.astype(kind), shape) for shape, kind in shapes)
+    found = tuple(x if want else None for x, want in zip(nothing, wanted, strict=False))
+    found = jax.lax.fori_loop(0, -(-classes // block), step, found)
+    return label_rows(_from_label(sums), y, axis=axis), found
 
 
 def dtype_of_exponentials(hidden: DTypeLike, summed: DTypeLike | None) -> jnp.dtype:

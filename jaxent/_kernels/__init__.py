@@ -8,6 +8,7 @@ mean, of weights or of reductions.
 """
 
 import importlib
+import math
 import warnings
 from collections.abc import Callable
 from functools import cache, partial, wraps
@@ -192,12 +193,20 @@ def lower_in_place(
     return lower_kernel(kernel, context, x, *others, dtype=dtype, in_place=in_place, **options)
 
 
+_SAME = ("reshape", "transpose", "broadcast_in_dim", "optimization_barrier")  # numbers, if there are as many
+
+
 def _made_here(x: Any) -> bool:
     """Whether a value of a program is no argument, of which its caller would want a copy."""
     made_by = x.owner
-    while getattr(made_by, "name", None) in ("stablehlo.reshape", "stablehlo.transpose", "sdy.sharding_constraint"):
-        made_by = made_by.operands[0].owner
-    return hasattr(made_by, "operands")  # and no block, which has arguments
+    if (
+        not hasattr(made_by, "operands") or made_by.name == "func.call"
+    ):  # a block has arguments, and calls may return them
+        return False
+    if made_by.name not in {f"stablehlo.{name}" for name in _SAME} | {"sdy.sharding_constraint"}:
+        return True
+    same = made_by.operands[x.result_number if made_by.name.endswith("barrier") else 0]
+    return math.prod(same.type.shape) != math.prod(x.type.shape) or _made_here(same)
 
 
 def module_of(name: str) -> Any:

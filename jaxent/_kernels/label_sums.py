@@ -42,12 +42,16 @@ def label_gradient(
     z: Row,
     *,
     axis: ClassAxis,
+    classes: int | None = None,
 ) -> Logits:
-    """That of `label_loss_and_gradient`, from the exponentials of all classes but the label."""
+    """That of `label_loss_and_gradient`, from the exponentials of all classes but the label.
+
+    Or of some classes, if it is said how many there are.
+    """
     lse = axis.expand(label_rows(sums, y, axis=axis)[2])
     a, u, z = map(axis.expand, (a, u, z))
     own, others = jnp.exp(sums.d), sums.others
     total, shared = others + own, u + 2.0 * z * lse
     gradient = jnp.where(label, shared * (own / total) - a * (others / total), e / total * (a + shared))
     nothing = axis.expand(y < 0) | ((a == 0.0) & (u == 0.0) & (z == 0.0))
-    return jnp.where(nothing, 0.0, gradient - u / max(axis.size(e), 1))
+    return jnp.where(nothing, 0.0, gradient - u / max(classes or axis.size(e), 1))

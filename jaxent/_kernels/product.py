@@ -5,7 +5,7 @@ writes logits.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from typing import Any, NamedTuple
 
@@ -55,10 +55,20 @@ class Layer:
         """`scale * x`."""
         return x if self.scale is None else self.scale * x
 
+    def classes(self, begin: Any, size: int) -> "Layer":
+        """Some of the classes; of a layer that is not `by_class`."""
+        cut = partial(jax.lax.dynamic_slice_in_dim, start_index=begin, slice_size=size)
+        return replace(self, weight=cut(self.weight, axis=1), bias=None if self.bias is None else cut(self.bias))
+
     def shape(self, x: Float[Array, "tokens features"]) -> jax.ShapeDtypeStruct:
         """Of `logits`, but for what is `filled` up."""
         classes = self.weight.shape[0 if self.by_class else 1] - self.filled
         return jax.ShapeDtypeStruct((x.shape[0], classes), compute_dtype(x.dtype))
+
+
+def dot(a: Array, b: Array, a_axis: int, b_axis: int, dtype: jnp.dtype) -> Array:
+    """Product of two matrices, contracting the given axes, accumulated and returned in `dtype`."""
+    return jax.lax.dot_general(a, b, (((a_axis,), (b_axis,)), ((), ())), preferred_element_type=dtype)
 
 
 class Sums(NamedTuple):

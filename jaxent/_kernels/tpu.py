@@ -12,11 +12,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.experimental.pallas import tpu as pltpu
 from jax.typing import DTypeLike
 
 from .._class_axis import ClassAxis
-from . import lower_in_place, tpu_columns, tpu_lanes, tpu_long
+from . import chip, lower_in_place, tpu_columns, tpu_lanes, tpu_long
 from .rows import function_of
 from .rows import refusal as refusal_of_any
 from .tpu_parts import LANES, SUBLANES
@@ -25,16 +24,15 @@ INTERPRET: Any = False  # tests run the kernels on CPUs
 FAST_MEMORY = 56 * 2**20  # where the chip is not known: v5e and v6e have 128 MiB, a core of v5p and v7x 64
 MARGIN = 8 * 2**20  # of fast memory, for others
 TOO_SMALL = ("TPU v2", "TPU v3", "TPU v4")  # have less; nobody has compiled for them
+MOST_CLASSES = 2**24  # whose numbers are exact in float32
 LEAST_CLASSES = 512
 LEAST_LOGITS = 2**19  # of these, 8 classes suffice where rows lie across the lanes, and two before tiles of rows
 
 
 def _fast_memory() -> int:
     """Bytes that a kernel may use of it."""
-    try:
-        return pltpu.get_tpu_info().vmem_capacity_bytes - MARGIN
-    except (AttributeError, ValueError):  # no TPU here, only its compiler
-        return FAST_MEMORY
+    known = chip.tpu()
+    return FAST_MEMORY if known is None else known.fast_memory - MARGIN
 
 
 def _sides(shape: tuple[int, ...]) -> tuple[int, int]:
@@ -141,10 +139,12 @@ def _function(name: str) -> Callable[..., Any]:
     return served
 
 
-def refusal(_: str, x: Any, *others: Any, dtype: DTypeLike = jnp.float32, **__: Any) -> str | None:
+def refusal(_: str, x: Any, *others: Any, axis: ClassAxis, dtype: DTypeLike = jnp.float32, **__: Any) -> str | None:
     """Why that function is not computed here for such arguments."""
     if not INTERPRET and jax.default_backend() == "tpu" and jax.devices()[0].device_kind.startswith(TOO_SMALL):
         return f"the fast memory of a {jax.devices()[0].device_kind} is small"
+    if x.shape[axis.index] > MOST_CLASSES:
+        return f"there are more than {MOST_CLASSES} classes"
     return refusal_of_any(("float32", "bfloat16"), x, *others, dtype=dtype)
 
 
@@ -153,7 +153,7 @@ def unasked(name: str, x: Any, *others: Any, axis: ClassAxis, dtype: DTypeLike =
     form = _form(name, (x, *others), axis.index, dtype)
     across_lanes = form.axis == len(form.order) - 1
     if across_lanes and form.order[-1] != _sides(form.shape)[1]:
-        return "rows lie across the lanes, and do not fit fast memory so"
+        return "rows lie across sublanes and lanes, and do not fit fast memory so"
     is_large = not across_lanes and math.prod(x.shape) >= LEAST_LOGITS
     # Across the lanes or the sublanes, or before both.
     least = (SUBLANES if form.axis >= len(form.order) - 2 else 2) if is_large else LEAST_CLASSES

@@ -39,15 +39,20 @@ def plan(function: Function, shape: tuple[int, ...], axis: int, read: int, writt
     across_lanes, classes, left = axis == len(shape) - 1, shape[axis], most - SLACK
     rows, part = (min(2 * SUBLANES, shape[-2]), PART * LANES // 2) if across_lanes else (LANES, PART * SUBLANES)
     at_once = pl.cdiv(rows, SUBLANES) * SUBLANES
-    whole = at_once * read * pl.cdiv(classes, part) * part
-    keeps = function.entry is not None and whole + 2 * LEAST_BLOCK <= left
-    copied = min(BLOCK, (left - whole * keeps) // 2)
-    width = min(classes, max(part, copied // (at_once * (read + written)) // part * part))
-    blocks = pl.cdiv(classes, width)
-    block = (None,) * (len(shape) - 2) + ((rows, width) if across_lanes else (width, rows))
     walk = partial(parts, part=part, rows=at_once, axis=int(across_lanes))
-    memory = 2 * at_once * (read + written) * width + at_once * read * width * blocks * keeps + SLACK
-    return Plan(axis, block, blocks, walk(width), walk(classes - (blocks - 1) * width), keeps, memory)
+
+    def of(keeps: bool) -> Plan:
+        copied = min(BLOCK, (left - keeps * at_once * read * classes) // 2)
+        blocks = pl.cdiv(classes, max(part, copied // (at_once * (read + written)) // part * part))
+        width = min(classes, pl.cdiv(classes, blocks * part) * part)
+        blocks = pl.cdiv(classes, width)
+        block = (None,) * (len(shape) - 2) + ((rows, width) if across_lanes else (width, rows))
+        memory = at_once * width * (2 * (read + written) + read * blocks * keeps) + SLACK
+        return Plan(axis, block, blocks, walk(width), walk(classes - (blocks - 1) * width), keeps, memory)
+
+    kept = at_once * read * classes + 2 * LEAST_BLOCK
+    kept_plan = of(True) if function.entry is not None and kept <= left else None
+    return of(False) if kept_plan is None or kept_plan.memory > most else kept_plan
 
 
 class _Block(NamedTuple):
@@ -89,7 +94,7 @@ class _Block(NamedTuple):
 def _kernel(function: Function, plan: Plan, *refs: Any) -> None:
     arrays, labels, given, out_rows, out, predicted = grouped(function, refs)
     m, sums, coefficients, *kept = refs[len(function.arguments + function.results) :]
-    writes, i = (pl.program_id(len(plan.block) - k) for k in (1, 0))
+    phase, i = (pl.program_id(len(plan.block) - k) for k in (1, 0))
     classes = plan.parts.classes * (plan.blocks - 1) + plan.last.classes
 
     def collect(block: _Block) -> None:
@@ -102,7 +107,7 @@ def _kernel(function: Function, plan: Plan, *refs: Any) -> None:
         largest = jnp.maximum(m[0], here)
         before = jnp.where(i == 0, largest, m[0])
         grown = before != largest
-        # Relative to minus infinity, whatever comes later would be NaN.
+        # Relative to minus infinity, the sums of this block would be NaN, and those of later ones with them.
         part = block.part_of(arrays, jnp.where(largest == -jnp.inf, 0.0, largest))
 
         def step(first: Any, width: int, so_far: Any) -> Any:
@@ -149,14 +154,14 @@ def _kernel(function: Function, plan: Plan, *refs: Any) -> None:
         for walk, here in ((plan.parts, ~is_last), (plan.last, is_last)):
             pl.when(when & here)(partial(work, _Block(plan, i, walk, labels)))
 
-    @pl.when((writes == 0) & (i == 0))
+    @pl.when((phase == 0) & (i == 0))
     def _() -> None:
         m[...] = jnp.full(m.shape, -jnp.inf)
         sums[...] = jnp.zeros(sums.shape)
 
-    on_block(collect, writes == 0)
-    pl.when((writes == 0) & (i == plan.blocks - 1))(finish)
-    on_block(write, writes == 1)
+    on_block(collect, phase == 0)
+    pl.when((phase == 0) & (i == plan.blocks - 1))(finish)
+    on_block(write, phase == 1)
 
 
 def call(
@@ -174,17 +179,17 @@ def call(
 
     def spec(sizes: tuple[int | None, ...], index: Callable[[Any, Any], Any]) -> Any:
         def place(*indices: Any) -> tuple[Any, ...]:
-            *rows, writes, i = indices
-            return (*rows[:axis], index(writes, i), *rows[axis:])
+            *rows, phase, i = indices
+            return (*rows[:axis], index(phase, i), *rows[axis:])
 
         return pl.BlockSpec(sizes, place)
 
     # A block that stays where it was is not copied: what is read while something is written, and the other way round.
-    def read(writes: Any, i: Any) -> Any:
-        return jnp.maximum(i, writes * (plan.blocks - 1)) if plan.keeps else i
+    def read(phase: Any, i: Any) -> Any:
+        return jnp.maximum(i, phase * (plan.blocks - 1)) if plan.keeps else i
 
-    def written(writes: Any, i: Any) -> Any:
-        return writes * i
+    def written(phase: Any, i: Any) -> Any:
+        return phase * i
 
     def of_row(*_: Any) -> int:
         return 0
