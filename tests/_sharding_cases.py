@@ -19,6 +19,7 @@ from jax.sharding import PartitionSpec as P
 import jaxent
 from jaxent import _linear_cross_entropy, _linear_losses
 from jaxent._kernels import gpu, gpu_product, native, product
+from jaxent._kernels.chip import Chip
 
 pytestmark = pytest.mark.more(cases=1)
 
@@ -657,6 +658,38 @@ def test_kernels_of_a_gpu_where_classes_are_split(size, monkeypatch):
     placed = jax.device_put(arrays, tuple(NamedSharding(mesh, spec) for spec in part))
     found = jax.jit(jax.value_and_grad(mapped, (0, 1)))(*placed)
     assert set(served) == {((16, 16), (16, 16))}
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        a, b = np.asarray(a, float), np.asarray(b, float)
+        assert np.linalg.norm(a - b) <= 0.01 * np.linalg.norm(b)
+
+
+@pytest.mark.parametrize("check_vma", [True, False])
+def test_few_tokens_walk_along_their_devices_classes(check_vma, monkeypatch):
+    rng = np.random.default_rng(0)
+    hidden, kernel = (jnp.asarray(rng.normal(size=shape), jnp.bfloat16) for shape in ((128, 8), (8, 1200)))
+    arrays = hidden, kernel, jnp.asarray(rng.integers(1200, size=128)).at[3].set(-100)
+    loss = partial(jaxent.linear_cross_entropy, label_smoothing=0.1, reduction="sum")
+    expected = jax.value_and_grad(loss, (0, 1))(*arrays)
+
+    walked, walk = [], _linear_losses._walk_along_classes
+    monkeypatch.setattr(_linear_losses, "_walk_along_classes", lambda *given: (walked.append(1), walk(*given))[1])
+    monkeypatch.setattr(_linear_losses, "_sweep_in_caches", _linear_losses._sweep_fused)
+    monkeypatch.setattr(_linear_losses, "tpu", lambda: Chip(2**27, 560.0))
+    losses = _linear_losses.linear_losses.__wrapped__
+    anew = jax.jit(lambda arrays, weight, options: losses(arrays, weight, options), static_argnums=2)
+    monkeypatch.setattr(_linear_cross_entropy, "linear_losses", anew)
+    mesh = jax.make_mesh((2, 4), ("data", "class"), axis_types=(AxisType.Auto,) * 2)
+    part = P("data"), P(None, "class"), P("data")
+    mapped = jax.shard_map(
+        lambda *arrays: jax.lax.psum(loss(*arrays, axis_name="class"), "data"),
+        mesh=mesh,
+        in_specs=part,
+        out_specs=P(),
+        check_vma=check_vma,
+    )
+    placed = jax.device_put(arrays, tuple(NamedSharding(mesh, spec) for spec in part))
+    found = jax.jit(jax.value_and_grad(mapped, (0, 1)))(*placed)
+    assert walked
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         a, b = np.asarray(a, float), np.asarray(b, float)
         assert np.linalg.norm(a - b) <= 0.01 * np.linalg.norm(b)
