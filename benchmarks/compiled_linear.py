@@ -124,7 +124,8 @@ def count(chip: str, name: str, shape: tuple[int, int, int], dtype: str, chunk_s
     import jax
     import numpy as np
 
-    from jaxent._chunks import chunk_size_for_memory, fit_at_once
+    from jaxent._chunks import ENOUGH, SHARE, chunk_size_for_memory, fit_at_once
+    from jaxent._linear_losses import _LESS
 
     tokens, features, classes = shape
     mesh = jax.sharding.Mesh(np.array(compiled.devices_of(chip)[:1]), ("one",))
@@ -144,9 +145,10 @@ def count(chip: str, name: str, shape: tuple[int, int, int], dtype: str, chunk_s
     if chip == "h100" and dtype != "bfloat16":  # for which it has no kernel
         held.append(1.0)
     at_once = name == "jaxent at once" and fit_at_once(tokens, features, sum(held))
-    beside = chip in ("v5p", "v7x")  # where chunks hold the gradient, too
-    sizes = [*held, *[width] * beside], None if beside and width < 1.0 else width
-    size = chunk_size or chunk_size_for_memory(tokens, features, sizes[0], gradient=sizes[1])
+    share = SHARE
+    if chip in ("v5p", "v7x") and tokens > ENOUGH:  # where chunks hold the gradient, too
+        held, share = [width, width], _LESS
+    size = chunk_size or chunk_size_for_memory(tokens, features, held, share=share, gradient=width)
     steps = 0 if at_once or size >= tokens else -(-tokens // size)
     kernels = kernels_of(program.as_text(), steps - (steps > 1 and chip == "h100"))  # the first of its steps is apart
     share = 100 * temporaries / (4 * tokens * classes)

@@ -15,6 +15,7 @@ from jaxtyping import Array, Bool, Float, Integer, Shaped
 from ._check import WeightArray
 from ._chunks import (
     ENOUGH,
+    SHARE,
     Chunks,
     block_of_classes,
     chunk_size_for_memory,
@@ -101,7 +102,9 @@ class _Gradients(NamedTuple):
     logit_scale: Float[Array, ""] | None
 
 
-_LARGE_FAST_MEMORY = 2**27  # bytes: a core that has less keeps the gradient beside the exponentials it is made of
+# For a TPU with fewer bytes of fast memory than this, the compiler keeps the gradient of many tokens beside the
+# exponentials that it is made of, and a little besides.
+_LARGE_FAST_MEMORY, _LESS = 2**27, 0.15
 _SHARE_OF_PAIRS = 0.05  # of one model's logits, what is held of both models' at most
 _Wanted = tuple[bool, bool, bool, bool]
 _NOTHING: _Wanted = (False, False, False, False)
@@ -484,11 +487,12 @@ def _sweep_fused(
         held.append(1.0 if has_logits else operand.itemsize / wide)
     gradient = arrays.kernel.dtype.itemsize / wide if wanted[1] else None
     fits_at_once = fit_at_once(tokens, features, sum(held))
-    chip = None if holds_logits else tpu()
-    if chip is not None and chip.fast_memory < _LARGE_FAST_MEMORY and way == "fused":
+    chip, share = None if holds_logits else tpu(), SHARE
+    are_many = not isinstance(tokens, int) or tokens > ENOUGH
+    if chip is not None and chip.fast_memory < _LARGE_FAST_MEMORY and are_many and way == "fused":
         held.append(operand.itemsize / wide)
-        gradient = gradient if gradient == 1.0 else None  # they are not where the result will be
-    size = chunk_size_for_memory(tokens, features, held, parts, gradient=gradient)
+        share = _LESS
+    size = chunk_size_for_memory(tokens, features, held, parts, share, gradient)
     by_class = not holds_logits and lies_by_class(*arrays.kernel.shape)
     machine = {"by_class": by_class, "apart": holds_logits, "filled": filled or 0}
     loop = partial(_loop, options, way, wanted=wanted, arrays=arrays, scale=scale, **machine)
