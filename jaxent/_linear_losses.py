@@ -468,7 +468,8 @@ def _sweep_fused(
     """
     if options.divergence is not None and _can_cut_classes(arrays):
         return _walk_twice(options, options.divergence, wanted, arrays, scale, counts, holds_logits=holds_logits)
-    tokens, features = arrays.hidden.shape
+    tokens: Any = arrays.hidden.shape[0]
+    features = arrays.hidden.shape[1]
     smoothed = arrays.added.uniform is not None and arrays.weight is not None
     indices = jnp.issubdtype(arrays.labels.dtype, jnp.integer)
     any_kernel = options.loss.implementation in (None, "xla")
