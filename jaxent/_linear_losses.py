@@ -500,7 +500,7 @@ def _sweep_fused(
     chunks = _chunks(options, arrays, counts, size, skip=True)
     more = options.entropy or options.divergence is not None  # is held beside the logits
     one_chunk = is_one_chunk(tokens, options.chunk_size)
-    walks = way == "fused" and parts == 1 and not (options.chunk_size or by_class)
+    walks = way == "fused" and parts == 1 and not (options.chunk_size or by_class or fits_at_once)
     walks = walks and wanted[1] and operand == jnp.bfloat16
     walks = walks and chip is not None and pays_to_walk_twice(tokens, size, chip.flops_per_byte)
     if not (one_chunk or walks) and (options.chunk_size or more or not fits_at_once):
@@ -508,7 +508,7 @@ def _sweep_fused(
     whole = partial(loop, strided_chunks(tokens, tokens, counts))
     if walks:
         block = block_of_classes(tokens, arrays.kernel.shape[1], size)
-        whole = partial(_walk_along_classes, options, wanted, arrays, scale, block)
+        whole = partial(_walk_along_classes, options, wanted, arrays, scale, counts, block)
     if counts is None or parts > 1 or one_chunk:
         return whole()
     if tokens > ENOUGH:  # a second program would be compiled for little
@@ -522,22 +522,29 @@ def _sweep_fused(
 
 
 def _walk_along_classes(
-    options: Options, wanted: _Wanted, arrays: Arrays, scale: Float[Array, "tokens ..."] | None, block: int
+    options: Options,
+    wanted: _Wanted,
+    arrays: Arrays,
+    scale: Float[Array, "tokens ..."] | None,
+    counts: _Live,
+    block: int,
 ) -> tuple[Float[Array, "tokens ..."], None, _Gradients]:
-    """All tokens at once, a block of classes at a time, see `product_losses_and_gradients`; every token counts."""
-    given, dtype = _given(arrays), _compute_dtype(arrays)
-    x = arrays.hidden.astype(given.layer.weight.dtype)
+    """All tokens at once, and so many classes at a time, see `product_losses_and_gradients`."""
+    given, x = _given(arrays), arrays.hidden
+    counts = jnp.ones(x.shape[0], bool) if counts is None else counts
+    x = jnp.where(counts[:, None], x, 0).astype(given.layer.weight.dtype)  # no NaN of what does not count may spread
     near = center(given.layer, options.classes, apart=False)
     losses = given.mixture(options, arrays.labels, x)
     assert losses.label is not None
-    scale = jnp.ones(options.rows(x.shape[0]), dtype) if scale is None else scale
-    factors = losses.factors.times(scale).rows(losses.label)
+    label = jnp.where(counts, losses.label, -1)
+    scale = jnp.where(counts, 1.0 if scale is None else scale, jnp.zeros((), _compute_dtype(arrays)))
     rows, gradients = product_losses_and_gradients(
-        given.layer, near, x, losses.label, factors, options.classes, wanted, block
+        given.layer, near, x, label, losses.factors.times(scale).rows(label), options.classes, wanted, block
     )
     of = zip(gradients, arrays[:3], strict=True)
     hidden, kernel, bias = (None if g is None or x is None else _kept(g, x.dtype) for g, x in of)
-    return mixed(losses.label, rows, losses.factors), None, _Gradients(hidden, kernel, bias, None)
+    loss = jnp.where(counts, mixed(label, rows, losses.factors), 0.0)
+    return loss, None, _Gradients(hidden, kernel, bias, None)
 
 
 def _filled_up(options: Options, arrays: Arrays) -> int | None:
