@@ -312,6 +312,17 @@ def test_the_kernel_is_for_the_layout(shape, axis, form):
     assert tpu._form("softmax", (x,), axis, x.dtype).file is form
 
 
+@pytest.mark.parametrize(("rows", "most"), [(16, 800_000), (4096, 2 * 50257)])
+def test_how_long_rows_are_that_are_kept(rows, most):
+    """In float32 on a v5p, as docs/speed.md says; of half as many classes, such as GPT-2 has, in a pullback."""
+    for name, classes in (("softmax", most), ("log_softmax_pullback", most // 2)):
+        for longer in (False, True):
+            x = jax.ShapeDtypeStruct((rows, classes + longer * most // 16), "float32")
+            form = tpu._form(name, (x,) * len(FUNCTIONS[name].arguments), 1, x.dtype)
+            assert (form.file, form.plan.keeps) == (tpu_long, not longer)
+            assert form.plan.memory <= tpu.FAST_MEMORY
+
+
 @pytest.mark.parametrize(
     ("platform", "shape"), [("tpu", (32, 512)), ("tpu", (256, 1000)), ("cuda", (8, 20000))], ids=str
 )

@@ -36,23 +36,23 @@ class Plan(NamedTuple):
 
 def plan(function: Function, shape: tuple[int, ...], axis: int, read: int, written: int, most: int) -> Plan:
     """For entries of so many bytes, of the arrays that are read and of the one that is written."""
-    across_lanes, classes, left = axis == len(shape) - 1, shape[axis], most - SLACK
+    across_lanes, classes = axis == len(shape) - 1, shape[axis]
     rows, part = (min(2 * SUBLANES, shape[-2]), PART * LANES // 2) if across_lanes else (LANES, PART * SUBLANES)
     at_once = pl.cdiv(rows, SUBLANES) * SUBLANES
     walk = partial(parts, part=part, rows=at_once, axis=int(across_lanes))
 
-    def of(keeps: bool) -> Plan:
-        copied = min(BLOCK, (left - keeps * at_once * read * classes) // 2)
-        blocks = pl.cdiv(classes, max(part, copied // (at_once * (read + written)) // part * part))
-        width = min(classes, pl.cdiv(classes, blocks * part) * part)
+    def of(width: int, keeps: bool) -> Plan:
         blocks = pl.cdiv(classes, width)
         block = (None,) * (len(shape) - 2) + ((rows, width) if across_lanes else (width, rows))
         memory = at_once * width * (2 * (read + written) + read * blocks * keeps) + SLACK
         return Plan(axis, block, blocks, walk(width), walk(classes - (blocks - 1) * width), keeps, memory)
 
-    kept = at_once * read * classes + 2 * LEAST_BLOCK
-    kept_plan = of(True) if function.entry is not None and kept <= left else None
-    return of(False) if kept_plan is None or kept_plan.memory > most else kept_plan
+    of_class = at_once * (read + written)
+    widest = max(part, BLOCK // of_class // part * part)
+    least = pl.cdiv(LEAST_BLOCK, of_class * part) * part
+    widths = range(widest, max(least, part) - 1, -part) if function.entry is not None else ()
+    kept = (of(min(classes, width), True) for width in widths)
+    return next((plan for plan in kept if plan.memory <= most), of(min(classes, widest), False))
 
 
 class _Block(NamedTuple):
