@@ -500,7 +500,7 @@ def _sweep_fused(
     chunks = _chunks(options, arrays, counts, size, skip=True)
     more = options.entropy or options.divergence is not None  # is held beside the logits
     one_chunk = is_one_chunk(tokens, options.chunk_size)
-    walks = way == "fused" and parts == 1 and not (options.chunk_size or by_class or fits_at_once)
+    walks = way == "fused" and _can_cut_classes(arrays) and not (options.chunk_size or by_class or fits_at_once)
     walks = walks and wanted[1] and operand == jnp.bfloat16
     walks = walks and chip is not None and pays_to_walk_twice(tokens, size, chip.flops_per_byte)
     if not (one_chunk or walks) and (options.chunk_size or more or not fits_at_once):

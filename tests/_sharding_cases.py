@@ -623,6 +623,30 @@ def test_who_gets_a_kernel(served, name, way, layout, rows):
     assert {shape for _, shape in parts} == ({(rows, SIZES["c"])} if rows else set())
 
 
+def _with_split_classes(loss, arrays, monkeypatch, *, check_vma):
+    """The value of a loss of a linear layer and its gradients, traced anew, where tokens and classes are split."""
+    losses = _linear_losses.linear_losses.__wrapped__
+    anew = jax.jit(lambda arrays, weight, options: losses(arrays, weight, options), static_argnums=2)
+    monkeypatch.setattr(_linear_cross_entropy, "linear_losses", anew)
+    mesh = jax.make_mesh((2, 4), ("data", "class"), axis_types=(AxisType.Auto,) * 2)
+    part = P("data"), P(None, "class"), P("data")
+    mapped = jax.shard_map(
+        lambda *arrays: jax.lax.psum(loss(*arrays, axis_name="class"), "data"),
+        mesh=mesh,
+        in_specs=part,
+        out_specs=P(),
+        check_vma=check_vma,
+    )
+    placed = jax.device_put(arrays, tuple(NamedSharding(mesh, spec) for spec in part))
+    return jax.jit(jax.value_and_grad(mapped, (0, 1)))(*placed)
+
+
+def _assert_near(found, expected):
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        a, b = np.asarray(a, float), np.asarray(b, float)
+        assert np.linalg.norm(a - b) <= 0.01 * np.linalg.norm(b)
+
+
 @pytest.mark.parametrize("size", [1.0, 100.0])  # large logits are made once more
 def test_kernels_of_a_gpu_where_classes_are_split(size, monkeypatch):
     """Interpreted, which `check_vma` cannot follow."""
@@ -643,24 +667,9 @@ def test_kernels_of_a_gpu_where_classes_are_split(size, monkeypatch):
     monkeypatch.setitem(product.KERNELS, "cpu", gpu_product.__name__)
     way = partial(_linear_losses._sweep_fused, holds_logits=True, has_kernels=True)
     monkeypatch.setattr(_linear_losses, "_sweep_in_caches", way)
-    losses = _linear_losses.linear_losses.__wrapped__
-    anew = jax.jit(lambda arrays, weight, options: losses(arrays, weight, options), static_argnums=2)
-    monkeypatch.setattr(_linear_cross_entropy, "linear_losses", anew)
-    mesh = jax.make_mesh((2, 4), ("data", "class"), axis_types=(AxisType.Auto,) * 2)
-    part = P("data"), P(None, "class"), P("data")
-    mapped = jax.shard_map(
-        lambda *arrays: jax.lax.psum(loss(*arrays, axis_name="class"), "data"),
-        mesh=mesh,
-        in_specs=part,
-        out_specs=P(),
-        check_vma=False,
-    )
-    placed = jax.device_put(arrays, tuple(NamedSharding(mesh, spec) for spec in part))
-    found = jax.jit(jax.value_and_grad(mapped, (0, 1)))(*placed)
+    found = _with_split_classes(loss, arrays, monkeypatch, check_vma=False)
     assert set(served) == {((16, 16), (16, 16))}
-    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
-        a, b = np.asarray(a, float), np.asarray(b, float)
-        assert np.linalg.norm(a - b) <= 0.01 * np.linalg.norm(b)
+    _assert_near(found, expected)
 
 
 @pytest.mark.parametrize("check_vma", [True, False])
@@ -675,24 +684,9 @@ def test_few_tokens_walk_along_their_devices_classes(check_vma, monkeypatch):
     monkeypatch.setattr(_linear_losses, "_walk_along_classes", lambda *given: (walked.append(1), walk(*given))[1])
     monkeypatch.setattr(_linear_losses, "_sweep_in_caches", _linear_losses._sweep_fused)
     monkeypatch.setattr(_linear_losses, "tpu", lambda: Chip(2**27, 560.0))
-    losses = _linear_losses.linear_losses.__wrapped__
-    anew = jax.jit(lambda arrays, weight, options: losses(arrays, weight, options), static_argnums=2)
-    monkeypatch.setattr(_linear_cross_entropy, "linear_losses", anew)
-    mesh = jax.make_mesh((2, 4), ("data", "class"), axis_types=(AxisType.Auto,) * 2)
-    part = P("data"), P(None, "class"), P("data")
-    mapped = jax.shard_map(
-        lambda *arrays: jax.lax.psum(loss(*arrays, axis_name="class"), "data"),
-        mesh=mesh,
-        in_specs=part,
-        out_specs=P(),
-        check_vma=check_vma,
-    )
-    placed = jax.device_put(arrays, tuple(NamedSharding(mesh, spec) for spec in part))
-    found = jax.jit(jax.value_and_grad(mapped, (0, 1)))(*placed)
+    found = _with_split_classes(loss, arrays, monkeypatch, check_vma=check_vma)
     assert walked
-    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
-        a, b = np.asarray(a, float), np.asarray(b, float)
-        assert np.linalg.norm(a - b) <= 0.01 * np.linalg.norm(b)
+    _assert_near(found, expected)
 
 
 @pytest.mark.parametrize("way", ["auto", "explicit", "shard_map"])

@@ -199,9 +199,9 @@ _SAME = ("reshape", "transpose", "broadcast_in_dim", "optimization_barrier")  # 
 def _made_here(x: Any) -> bool:
     """Whether a value of a program is no argument, of which its caller would want a copy."""
     made_by = x.owner
-    if (
-        not hasattr(made_by, "operands") or made_by.name == "func.call"
-    ):  # a block has arguments, and calls may return them
+    if not hasattr(made_by, "operands"):  # a block, which has arguments
+        return False
+    if made_by.name == "func.call":  # which may return one
         return False
     if made_by.name not in {f"stablehlo.{name}" for name in _SAME} | {"sdy.sharding_constraint"}:
         return True
