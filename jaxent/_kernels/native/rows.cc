@@ -214,6 +214,33 @@ inline V entry(V e, V t, const Coefficients& c) {
   if constexpr (is_expected(f)) return c.c * (e > c.threshold ? c.b : e * c.a - t);
 }
 
+// While entries are computed, others are fetched that come next, a line at each step: processors that see a pattern
+// in what is read do not follow it into the next page. No memory is touched, so that they may lie behind the end.
+template <Function f>
+class Ahead {
+ public:
+  // Of the logits and what belongs to them from entry `read` on, and of the result from `written` on.
+  Ahead(const Call& call, int64_t read, int64_t written)
+      : x_((uintptr_t)call.x + read * size_of(call.x_type)),
+        t_((uintptr_t)call.t + read * size_of(call.t_type)),
+        out_((uintptr_t)call.out + written * size_of(call.out_type)),
+        x_size_(size_of(call.x_type)),
+        t_size_(size_of(call.t_type)),
+        out_size_(size_of(call.out_type)) {}
+
+  void fetch_read(int64_t i) const {
+    __builtin_prefetch((const void*)(x_ + i * x_size_));
+    if constexpr (has_tangents(f)) __builtin_prefetch((const void*)(t_ + i * t_size_));
+  }
+  void fetch_written(int64_t i) const {
+    if constexpr (writes(f)) __builtin_prefetch((const void*)(out_ + i * out_size_), 1);
+  }
+
+ private:
+  const uintptr_t x_, t_, out_;
+  const int64_t x_size_, t_size_, out_size_;
+};
+
 // Classes along the lanes. They lie side by side and are at least W.
 
 constexpr int64_t kRun = 16 * W;  // few enough to be added one after the other
@@ -241,7 +268,7 @@ inline const float* floats(const char* p, Type type, int64_t offset, int64_t n, 
 }
 
 template <Function f>
-void accumulate_block(State& s, const float* x, const float* t, int64_t n, int64_t label) {
+void accumulate_block(State& s, const float* x, const float* t, int64_t n, int64_t label, const Ahead<f>& ahead) {
   const int64_t whole = n - n % W;
   const I rest = iota() >= (int)(W - n % W);  // of the last vector, which overlaps the one before
   const V minus_infinity = all(-__builtin_inff());
@@ -262,11 +289,15 @@ void accumulate_block(State& s, const float* x, const float* t, int64_t n, int64
   const auto tangent = [&](int64_t i) { return is_label(f) ? all(1.0f) : has_tangents(f) ? load(t + i) : V{}; };
   if (is_label(f) && 0 <= label && label < n) {
     in_runs(b, whole, [&](State& run, int64_t i) {
+      ahead.fetch_read(i);
       add<f, true>(run, load(x + i), tangent(i), iota() + (int)i == (int)label);
     });
     if (whole < n) add<f, true>(b, last, rest ? tangent(n - W) : V{}, iota() + (int)(n - W) == (int)label);
   } else {
-    in_runs(b, whole, [&](State& run, int64_t i) { add<f>(run, load(x + i), tangent(i), I{}); });
+    in_runs(b, whole, [&](State& run, int64_t i) {
+      ahead.fetch_read(i);
+      add<f>(run, load(x + i), tangent(i), I{});
+    });
     if (whole < n) add<f>(b, last, rest ? tangent(n - W) : V{}, I{});
   }
   merge(s, b);
@@ -305,21 +336,25 @@ State accumulate(const Call& call, int64_t row, int64_t begin, int64_t end, Larg
     n = block(start, end);
     const int64_t offset = row * call.classes + start;
     const float* xs = floats(call.x, call.x_type, offset, n, x);
-    accumulate_block<f>(s, xs, has_tangents(f) ? floats(call.t, call.t_type, offset, n, t) : nullptr, n, label - start);
+    const float* ts = has_tangents(f) ? floats(call.t, call.t_type, offset, n, t) : nullptr;
+    accumulate_block<f>(s, xs, ts, n, label - start, Ahead<f>(call, offset + n, 0));
     if (call.largest) largest.look(s.m, xs, n, start);
   }
   return s;
 }
 
 template <Function f>
-void write_block(const float* x, const float* t, float* out, int64_t n, const Coefficients& c) {
+void write_block(const float* x, const float* t, float* out, int64_t n, const Coefficients& c, const Ahead<f>& ahead) {
   const auto at = [&](int64_t i) {
     const V e = f == Function::log_softmax ? load(x + i) : exp(load(x + i) - c.m);
     return entry<f>(e, has_tangents(f) ? load(t + i) : V{}, c);
   };
   const int64_t whole = n - n % W;
   const V last = whole < n ? at(n - W) : V{};  // before its first entries may be overwritten
-  for (int64_t i = 0; i < whole; i += W) store(out + i, at(i));
+  for (int64_t i = 0; i < whole; i += W) {
+    ahead.fetch_written(i);
+    store(out + i, at(i));
+  }
   if (whole < n) store(out + n - W, last);
 }
 
@@ -335,7 +370,7 @@ void write(const Call& call, int64_t row, int64_t begin, int64_t end, const Coef
     if (c.none[0])
       std::fill(out, out + n, 0.0f);
     else
-      write_block<f>(floats(call.x, call.x_type, offset, n, x), tangents, out, n, c);
+      write_block<f>(floats(call.x, call.x_type, offset, n, x), tangents, out, n, c, Ahead<f>(call, 0, offset + n));
     if constexpr (is_label(f)) {
       const int64_t label = call.label[row] - start;
       if (0 <= label && label < n) out[label] = c.at_label[0];
@@ -459,10 +494,13 @@ void along_short(const Call& call, int64_t begin, int64_t end) {
     for (int64_t k = 0; k < n; k++) {
       const float *x = xs + k * classes, *t = ts + k * classes;
       const auto tangent = [&](int64_t i) { return is_label(f) ? all(1.0f) : has_tangents(f) ? load(t + i) : V{}; };
+      const Ahead<f> ahead(call, (first + group + k) * classes, (first + k) * classes);
       I from_label = iota() - (is_label(f) ? call.label[first + k] : -1);
       State s;
       s.m = all(m[k]);
       in_runs(s, whole, [&](State& run, int64_t i) {
+        ahead.fetch_read(i);
+        ahead.fetch_written(i);
         const V ex = add<f, true>(run, load(x + i), tangent(i), from_label == 0);
         if (writes(f) && f != Function::log_softmax) store(e + k * classes + i, ex);
         from_label += W;
@@ -606,6 +644,7 @@ void write_tile(const Tile<lanes>& tile, const Call& call, int64_t first, int64_
 template <Function f, int lanes>
 void across(const Call& call, int64_t first, int64_t n) {
   constexpr int vectors = lanes / W;
+  constexpr bool turned = lanes == W;  // rows lie side by side, W of them in as many vectors as there are classes
   Tile<lanes> x, t;
   State states[vectors];
   Row rows[vectors];
@@ -636,7 +675,11 @@ void across(const Call& call, int64_t first, int64_t n) {
           rows[j].largest = (at(x, k, j) == s.m) & rose ? I{} + (int)(start + k) : rows[j].largest;
       }
       raise<f>(states[j], s.m);
+      const int64_t here = offset_of(call, first, start) + (turned ? 0 : j * W);
+      const Ahead<f> ahead(call, here + (turned ? W * call.classes : lanes), here);
       for (int64_t k = 0; k < some; k++) {
+        ahead.fetch_read(k * (turned ? W : call.inner));
+        ahead.fetch_written(k * (turned ? W : call.inner));
         const V t_k = is_label(f) ? all(1.0f) : has_tangents(f) ? at(t, k, j) : V{};
         const I is_label_k = is_label(f) ? rows[j].label == (int)(start + k) : I{};
         const V e = add<f, true>(s, at(x, k, j), t_k, is_label_k);
