@@ -10,13 +10,17 @@ import os
 import platform
 import random
 import statistics
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
-# PyTorch's worker threads otherwise spin for a while after each call and take the cores from whoever comes next.
+# PyTorch's worker threads otherwise spin for milliseconds after each call and take the cores from whoever comes next.
+# They ask when they are loaded, and never again.
+if "torch" in sys.modules:
+    raise ImportError("import _runner before torch")
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import jax

@@ -24,12 +24,14 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from _runner import Call, Measured, blocking, jitted, machine, measure, quartiles, write_json  # before PyTorch
+
+# isort: split
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import torch
-from _runner import Call, Measured, blocking, jitted, machine, measure, quartiles, write_json
 
 import jaxent
 
