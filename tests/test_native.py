@@ -176,9 +176,56 @@ def test_nll_of_log_softmax_is_one_pass():
         return jaxent.nll(jaxent.log_softmax(x), y)
 
     assert _calls(loss, x) == ["log_softmax", "label_loss"]  # and nothing uses the first: XLA leaves it out
-    compiled = jax.jit(jax.value_and_grad(loss)).lower(x).compile().as_text()
-    assert compiled.count('custom_call_target="jaxent_rows"') == 2
+    compiled = jax.jit(loss).lower(x).compile().as_text()
+    assert compiled.count('custom_call_target="jaxent_rows"') == 1
     assert 'function = "log_softmax"' not in compiled
+
+
+@pytest.mark.parametrize(
+    ("kind", "calls"),
+    [
+        ("mean", 1),
+        ("sum", 1),
+        ("weight", 1),
+        ("rows", 1),  # losses times weights, summed outside of nll
+        ("branch", 1),  # and what is made of the loss in a branch and in a loop
+        ("square", 2),  # the gradient of whose loss needs the loss
+        ("kept", 2),  # losses are results, too, which nobody has asked for yet when the gradient is made
+        ("twice", 5),  # of which no gradient is that of one loss: both losses, what both place, and the pullback
+    ],
+)
+def test_nll_of_log_softmax_with_its_gradient_is_one_pass(kind, calls):
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(3 * rng.standard_normal((64, 20)), jnp.float32)
+    y = jnp.asarray(rng.integers(20, size=64)).at[::5].set(-100)
+    w = jnp.asarray(rng.uniform(0.5, 2, 64), jnp.float32)
+
+    def loss(log_softmax, x):
+        log_p = log_softmax(x)
+        if kind in ("rows", "kept"):
+            losses = jaxent.nll(log_p, y, reduction="none")
+            return jnp.sum(w * losses), losses
+        if kind == "twice":
+            return jaxent.nll(log_p, y) + jaxent.nll(log_p, y[::-1]), x[0]
+        mean = jaxent.nll(
+            log_p, y, weight=w[:20] if kind == "weight" else None, reduction="sum" if kind == "sum" else "mean"
+        )
+        if kind != "branch":
+            return mean**2 if kind == "square" else mean, x[0]
+        doubled = jax.lax.while_loop(lambda a: a < 100.0, lambda a: a + mean, 0.0)
+        return mean, doubled + jax.lax.cond(mean > x[0, 0], lambda: 2 * mean, lambda: 3 * mean)
+
+    def both(log_softmax):
+        def f(x):
+            (value, aux), gradient = jax.value_and_grad(functools.partial(loss, log_softmax), has_aux=True)(x)
+            return value, gradient, None if kind == "rows" else aux
+
+        return jax.jit(f)
+
+    ours, theirs = both(jaxent.log_softmax), both(jax.nn.log_softmax)
+    assert ours.lower(x).compile().as_text().count('custom_call_target="jaxent_rows"') == calls
+    for got, want in zip(jax.tree.leaves(ours(x)), jax.tree.leaves(theirs(x)), strict=True):
+        np.testing.assert_allclose(got, want, rtol=2e-6, atol=2e-6)
 
 
 def test_log_probabilities_of_somebody_else_are_looked_up():

@@ -125,11 +125,50 @@ def _lower_pullback(context: mlir.LoweringRuleContext, x: Any, g: Any, *, axis: 
     if made_of is None:
         return lower_kernel(log_softmax_pullback, context, x, g, axis=axis, dtype=dtype)
 
-    def gradient(x: jax.Array, g: jax.Array, y: jax.Array) -> jax.Array:
+    def losses_and_gradient(x: jax.Array, g: jax.Array, y: jax.Array) -> tuple[jax.Array, ...]:
         none = jnp.zeros_like(g)
-        return label_loss_and_gradient(x, y, g, none, none, axis=axis, dtype=dtype)[-1]
+        return label_loss_and_gradient(x, y, g, none, none, axis=axis, dtype=dtype)
 
-    return _lower_of(context, gradient, x, *made_of)
+    *losses, gradient = _lower_of(context, losses_and_gradient, x, *made_of)
+    _give_losses_of(x, made_of[1], axis, losses)
+    return [gradient]
+
+
+def _give_losses_of(x: Any, y: Any, axis: ClassAxis, losses: list[Any]) -> None:
+    """Whoever was given the losses of these labels by a call of their own is given those of a later call instead.
+
+    The earlier one is then made for nobody, and the logits are read once. Not where the later call needs its results.
+    """
+    earlier = [use.owner for use in x.uses if _arguments("label_loss", use.owner, axis) == (x, y)]
+    if len(earlier) != 1:
+        return
+    call = losses[0].owner.operation
+    users = _users(earlier[0], call.block)
+    if users is None or call in users:
+        return
+    for mine, theirs in zip(losses, earlier[0].results, strict=True):
+        theirs.replace_all_uses_with(mine)
+    last = call
+    for user in [user for user in (o.operation for o in call.block.operations) if user in users]:
+        user.move_after(last)
+        last = user
+
+
+def _users(operation: Any, block: Any) -> list[Any] | None:
+    """What a block makes of an operation's results, in any number of steps; None if another block does, too."""
+    found: list[Any] = []
+    new = [operation]
+    while new:
+        for use in (use for result in new.pop().results for use in result.uses):
+            user = use.owner.operation
+            while user is not None and user.block != block:
+                user = user.parent and user.parent.operation
+            if user is None:
+                return None
+            if user not in found:
+                found.append(user)
+                new.append(user)
+    return found
 
 
 LOWERING = {"pick": _lower_pick, "log_softmax_pullback": _lower_pullback}
@@ -140,15 +179,21 @@ def _made_of(function: str, value: Any, axis: ClassAxis) -> tuple[Any, ...] | No
 
     Half precision would be rounded on the way, so it is.
     """
-    made_by = value.owner
-    if getattr(made_by, "name", None) != "stablehlo.custom_call" or str(value.type.element_type) != "f32":
+    if str(value.type.element_type) != "f32":
         return None
-    if made_by.attributes["call_target_name"].value != TARGET:
+    return _arguments(function, value.owner, axis)
+
+
+def _arguments(function: str, operation: Any, axis: ClassAxis) -> tuple[Any, ...] | None:
+    """What our own `function` along `axis` is called with, if that is the operation."""
+    if getattr(operation, "name", None) != "stablehlo.custom_call":
         return None
-    options = made_by.attributes["mhlo.backend_config"]
+    if operation.attributes["call_target_name"].value != TARGET:
+        return None
+    options = operation.attributes["mhlo.backend_config"]
     if (options["function"].value, options["axis"].value) != (function, axis.index):
         return None
-    return tuple(made_by.operands)
+    return tuple(operation.operands)
 
 
 _DTYPES_OF_MLIR = {"f32": jnp.float32, "bf16": jnp.bfloat16, "f16": jnp.float16, "i32": jnp.int32}
