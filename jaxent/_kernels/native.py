@@ -199,7 +199,7 @@ def _arguments(function: str, operation: Any, axis: ClassAxis) -> tuple[Any, ...
 _DTYPES_OF_MLIR = {"f32": jnp.float32, "bf16": jnp.bfloat16, "f16": jnp.float16, "i32": jnp.int32}
 
 
-def _lower_of(context: mlir.LoweringRuleContext, function: Callable[..., jax.Array], *values: Any) -> Any:
+def _lower_of(context: mlir.LoweringRuleContext, function: Callable[..., Any], *values: Any) -> Any:
     """`function` of values that may be others than the rule was called with."""
     avals = [ShapedArray(v.type.shape, _DTYPES_OF_MLIR[str(v.type.element_type)]) for v in values]
     return lower_kernel(function, context.replace(avals_in=avals), *values)
