@@ -9,6 +9,7 @@
 #include <algorithm>
 #include <iterator>
 #include <memory>
+#include <type_traits>
 
 #include "vector.h"
 
@@ -246,15 +247,26 @@ class Ahead {
 constexpr int64_t kRun = 16 * W;  // few enough to be added one after the other
 constexpr int64_t kBlock = 1024;  // floats in a first-level cache
 
-// Add vectors at 0, W, ... below `whole`, each run of them apart, as a sum of many loses to rounding.
+// Add vectors at `begin`, `begin` + W, ... below `end`, each run of them apart, as a sum of many loses to rounding.
 template <typename AddTo>
-inline void in_runs(State& s, int64_t whole, const AddTo& add_to) {
-  for (int64_t begin = 0; begin < whole; begin += kRun) {
+inline void in_runs(State& s, int64_t begin, int64_t end, const AddTo& add_to) {
+  for (; begin < end; begin += kRun) {
     State run;
     run.m = s.m;
-    for (int64_t i = begin; i < std::min(whole, begin + kRun); i += W) add_to(run, i);
+    for (int64_t i = begin; i < std::min(end, begin + kRun); i += W) add_to(run, i);
     merge(s, run);
   }
+}
+
+// All vectors below `whole`. `add_to` is told whether the label may be among them, which only one run has to look for.
+template <typename AddTo>
+inline void in_all_runs(State& s, int64_t whole, int64_t label, const AddTo& add_to) {
+  const bool any = 0 <= label && label < whole;
+  const int64_t begin = any ? label / kRun * kRun : 0, end = any ? std::min(whole, begin + kRun) : 0;
+  const auto adding = [&](auto looks) { return [&](State& run, int64_t i) { add_to(run, i, looks); }; };
+  in_runs(s, 0, begin, adding(std::false_type()));
+  in_runs(s, begin, end, adding(std::true_type()));
+  in_runs(s, end, whole, adding(std::false_type()));
 }
 
 // The next block of a row that ends at `end`: none is shorter than a vector.
@@ -287,19 +299,12 @@ void accumulate_block(State& s, const float* x, const float* t, int64_t n, int64
   raise<f>(s, b.m);
 
   const auto tangent = [&](int64_t i) { return is_label(f) ? all(1.0f) : has_tangents(f) ? load(t + i) : V{}; };
-  if (is_label(f) && 0 <= label && label < n) {
-    in_runs(b, whole, [&](State& run, int64_t i) {
-      ahead.fetch_read(i);
-      add<f, true>(run, load(x + i), tangent(i), iota() + (int)i == (int)label);
-    });
-    if (whole < n) add<f, true>(b, last, rest ? tangent(n - W) : V{}, iota() + (int)(n - W) == (int)label);
-  } else {
-    in_runs(b, whole, [&](State& run, int64_t i) {
-      ahead.fetch_read(i);
-      add<f>(run, load(x + i), tangent(i), I{});
-    });
-    if (whole < n) add<f>(b, last, rest ? tangent(n - W) : V{}, I{});
-  }
+  const auto is_label_at = [&](int64_t i) { return is_label(f) ? iota() == (int)(label - i) : I{}; };
+  in_all_runs(b, whole, label, [&](State& run, int64_t i, auto looks) {
+    ahead.fetch_read(i);
+    add<f, looks>(run, load(x + i), tangent(i), is_label_at(i));
+  });
+  if (whole < n) add<f, true>(b, last, rest ? tangent(n - W) : V{}, is_label_at(n - W));
   merge(s, b);
 }
 
@@ -495,21 +500,21 @@ void along_short(const Call& call, int64_t begin, int64_t end) {
       const float *x = xs + k * classes, *t = ts + k * classes;
       const auto tangent = [&](int64_t i) { return is_label(f) ? all(1.0f) : has_tangents(f) ? load(t + i) : V{}; };
       const Ahead<f> ahead(call, (first + group + k) * classes, (first + k) * classes);
-      I from_label = iota() - (is_label(f) ? call.label[first + k] : -1);
+      const int64_t label = is_label(f) ? call.label[first + k] : -1;
+      const auto is_label_at = [&](int64_t i) { return is_label(f) ? iota() == (int)(label - i) : I{}; };
       State s;
       s.m = all(m[k]);
-      in_runs(s, whole, [&](State& run, int64_t i) {
+      in_all_runs(s, whole, label, [&](State& run, int64_t i, auto looks) {
         ahead.fetch_read(i);
         ahead.fetch_written(i);
-        const V ex = add<f, true>(run, load(x + i), tangent(i), from_label == 0);
+        const V ex = add<f, looks>(run, load(x + i), tangent(i), is_label_at(i));
         if (writes(f) && f != Function::log_softmax) store(e + k * classes + i, ex);
-        from_label += W;
       });
       if (whole < classes) {
         const int64_t i = classes - W;
         const V last = load(x + i);
-        const V ex = add<f, true>(s, rest ? last : all(-__builtin_inff()), rest ? tangent(i) : V{},
-                                  from_label == (int)(whole - i));
+        const V ex =
+            add<f, true>(s, rest ? last : all(-__builtin_inff()), rest ? tangent(i) : V{}, is_label_at(i));
         if (writes(f) && f != Function::log_softmax) {
           float* to = e + k * classes + i;
           store(to, rest ? ex : load(to));
