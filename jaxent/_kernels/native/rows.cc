@@ -299,7 +299,9 @@ void accumulate_block(State& s, const float* x, const float* t, int64_t n, int64
   raise<f>(s, b.m);
 
   const auto tangent = [&](int64_t i) { return is_label(f) ? all(1.0f) : has_tangents(f) ? load(t + i) : V{}; };
-  const auto is_label_at = [&](int64_t i) { return is_label(f) ? iota() == (int)(label - i) : I{}; };
+  const auto is_label_at = [&](int64_t i) {  // which a row of 2**32 classes and more does not make an int
+    return is_label(f) ? iota() == (int)std::clamp<int64_t>(label - i, -1, W) : I{};
+  };
   in_all_runs(b, whole, label, [&](State& run, int64_t i, auto looks) {
     ahead.fetch_read(i);
     add<f, looks>(run, load(x + i), tangent(i), is_label_at(i));
