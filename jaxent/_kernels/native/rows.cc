@@ -686,7 +686,7 @@ void across(const Call& call, int64_t first, int64_t n) {
       const Ahead<f> ahead(call, here + (turned ? W * call.classes : lanes), here);
       for (int64_t k = 0; k < some; k++) {
         ahead.fetch_read(k * (turned ? W : call.inner));
-        ahead.fetch_written(k * (turned ? W : call.inner));
+        if constexpr (turned) ahead.fetch_written(k * W);  // planes of images push each other out of the caches
         const V t_k = is_label(f) ? all(1.0f) : has_tangents(f) ? at(t, k, j) : V{};
         const I is_label_k = is_label(f) ? rows[j].label == (int)(start + k) : I{};
         const V e = add<f, true>(s, at(x, k, j), t_k, is_label_k);
