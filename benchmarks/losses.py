@@ -21,6 +21,7 @@ import os
 import statistics
 import time
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -42,6 +43,7 @@ SMOOTHING = 0.1
 F = torch.nn.functional
 
 Loss = Callable[..., Any]
+Shape = tuple[int, ...]  # rows and classes, and of images, height and width
 
 
 def picked(log_p: jax.Array, y: jax.Array) -> jax.Array:
@@ -57,7 +59,7 @@ def weighted_mean(losses: jax.Array, y: jax.Array, w: jax.Array) -> jax.Array:
 
 def one_hot(x: jax.Array, y: jax.Array) -> jax.Array:
     """One-hot labels in float32."""
-    return jax.nn.one_hot(y, x.shape[1])
+    return jax.nn.one_hot(y, x.shape[1], axis=1)
 
 
 def up(x: jax.Array) -> jax.Array:
@@ -67,51 +69,58 @@ def up(x: jax.Array) -> jax.Array:
 
 def log_p(x: jax.Array) -> jax.Array:
     """JAX's own log-probabilities."""
-    return jax.nn.log_softmax(up(x))
+    return jax.nn.log_softmax(up(x), 1)
 
 
-integer, dense = optax.softmax_cross_entropy_with_integer_labels, optax.softmax_cross_entropy
-smooth = optax.smooth_labels
+integer = partial(optax.softmax_cross_entropy_with_integer_labels, axis=1)
+dense = partial(optax.softmax_cross_entropy, axis=1)
+cross_entropy = partial(jaxent.cross_entropy, axis=1)
 
-# For each job and library a function of logits (rows, classes) and what else the job takes; see `inputs`.
+
+def smooth(y: jax.Array) -> jax.Array:
+    """`optax.smooth_labels` for classes along axis 1."""
+    return (1 - SMOOTHING) * y + SMOOTHING / y.shape[1]
+
+
+# For each job and library a function of logits (rows, classes, ...) and what else the job takes; see `inputs`.
 JOBS: dict[str, dict[str, Loss]] = {
     "softmax": {
-        "jaxent": jaxent.softmax,
-        "jax.nn": lambda x: jax.nn.softmax(up(x)).astype(x.dtype),
+        "jaxent": partial(jaxent.softmax, axis=1),
+        "jax.nn": lambda x: jax.nn.softmax(up(x), 1).astype(x.dtype),
         "torch": lambda x: F.softmax(x, 1),
     },
     "log_softmax": {
-        "jaxent": jaxent.log_softmax,
+        "jaxent": partial(jaxent.log_softmax, axis=1),
         "jax.nn": lambda x: log_p(x).astype(x.dtype),
         "torch": lambda x: F.log_softmax(x, 1),
     },
     "nll of log_softmax": {
-        "jaxent": lambda x, y: jaxent.nll(jaxent.log_softmax(x, dtype=jnp.float32), y),
+        "jaxent": lambda x, y: jaxent.nll(jaxent.log_softmax(x, 1, dtype=jnp.float32), y, axis=1),
         "jax.nn": lambda x, y: -picked(log_p(x), y).mean(),
         "optax": lambda x, y: integer(up(x), y).mean(),
         "torch": lambda x, y: F.nll_loss(F.log_softmax(x, 1), y),
     },
     "cross_entropy": {
-        "jaxent": jaxent.cross_entropy,
+        "jaxent": cross_entropy,
         "jax.nn": lambda x, y: -picked(log_p(x), y).mean(),
         "optax": lambda x, y: integer(up(x), y).mean(),
         "optax one-hot": lambda x, y: dense(up(x), one_hot(x, y)).mean(),
         "torch": F.cross_entropy,
     },
     "with smoothing": {
-        "jaxent": lambda x, y: jaxent.cross_entropy(x, y, label_smoothing=SMOOTHING),
+        "jaxent": lambda x, y: cross_entropy(x, y, label_smoothing=SMOOTHING),
         "jax.nn": lambda x, y: (SMOOTHING - 1) * picked(log_p(x), y).mean() - SMOOTHING * log_p(x).mean(),
-        "optax one-hot": lambda x, y: dense(up(x), smooth(one_hot(x, y), SMOOTHING)).mean(),
+        "optax one-hot": lambda x, y: dense(up(x), smooth(one_hot(x, y))).mean(),
         "torch": lambda x, y: F.cross_entropy(x, y, label_smoothing=SMOOTHING),
     },
     "with weights, ignoring": {
-        "jaxent": lambda x, y, w: jaxent.cross_entropy(x, y, weight=w),
+        "jaxent": lambda x, y, w: cross_entropy(x, y, weight=w),
         "jax.nn": lambda x, y, w: weighted_mean(-picked(log_p(x), jnp.maximum(y, 0)), y, w),
         "optax": lambda x, y, w: weighted_mean(integer(up(x), jnp.maximum(y, 0)), y, w),
         "torch": lambda x, y, w: F.cross_entropy(x, y, w.to(x.dtype)),
     },
     "of probabilities": {
-        "jaxent": jaxent.cross_entropy,
+        "jaxent": cross_entropy,
         "jax.nn": lambda x, q: -(up(q) * log_p(x)).sum(1).mean(),
         "optax": lambda x, q: dense(up(x), up(q)).mean(),
         "torch": F.cross_entropy,
@@ -127,7 +136,7 @@ class Cell(NamedTuple):
     job: str
     work: str
     dtype: str
-    shape: tuple[int, int]
+    shape: Shape
 
 
 class Prepared(NamedTuple):
@@ -138,7 +147,7 @@ class Prepared(NamedTuple):
     compile_seconds: dict[str, float]
 
 
-def inputs(job: str, shape: tuple[int, int]) -> tuple[np.ndarray, ...]:
+def inputs(job: str, shape: Shape) -> tuple[np.ndarray, ...]:
     """Logits, and labels, class weights or probabilities; every fourth label is -100 if labels are ignored."""
     rng = np.random.default_rng(0)
     x = 3 * rng.standard_normal(shape, dtype=np.float32)
@@ -147,10 +156,10 @@ def inputs(job: str, shape: tuple[int, int]) -> tuple[np.ndarray, ...]:
     if job == "of probabilities":
         q = np.exp(rng.standard_normal(shape, dtype=np.float32))
         return x, q / q.sum(1, keepdims=True)
-    y = rng.integers(shape[1], size=shape[0])
+    y = rng.integers(shape[1], size=shape[:1] + shape[2:])
     if "ignoring" not in job:
         return x, y
-    y[::4] = -100
+    y.reshape(-1)[::4] = -100
     return x, y, rng.uniform(0.5, 2.0, shape[1]).astype(np.float32)
 
 
@@ -181,7 +190,17 @@ def torch_call(job: str, f: Loss, work: str, args: list[torch.Tensor]) -> Call:
     return call
 
 
-def prepare(cell: Cell, compiled: Iterable[tuple[int, int]] = ()) -> Prepared:
+def apart(f: Loss) -> Loss:
+    """`f` with code of its own: PyTorch keeps what it has compiled with the code, eight programs, then it interprets."""
+
+    def call(*args: Any) -> Any:
+        return f(*args)
+
+    call.__code__ = call.__code__.replace()
+    return call
+
+
+def prepare(cell: Cell, compiled: Iterable[Shape] = ()) -> Prepared:
     """Compile everybody's function of one cell; torch.compile's for the shapes in `compiled`."""
     job, work, dtype, shape = cell
     arrays = list(inputs(job, shape))
@@ -202,7 +221,7 @@ def prepare(cell: Cell, compiled: Iterable[tuple[int, int]] = ()) -> Prepared:
         calls[name] = torch_call(job, f, work, tensors)
         if shape in compiled:
             start = time.perf_counter()
-            calls["torch.compile"] = torch_call(job, torch.compile(f, dynamic=False), work, tensors)
+            calls["torch.compile"] = torch_call(job, torch.compile(apart(f), dynamic=False), work, tensors)
             calls["torch.compile"]()
             seconds["torch.compile"] = time.perf_counter() - start
     calls["limit"], _ = jitted(limit_of(cell), *(x for x in args if x.shape == shape))
@@ -230,20 +249,20 @@ def users_choice(cell: Cell) -> str:
 
 def speed(args: argparse.Namespace) -> None:
     """The table of all cells."""
-    cells = [Cell(*c) for c in ((j, w, d, s) for j in JOBS for d in args.dtypes for w in WORKS for s in SHAPES)]
+    cells = [Cell(*c) for c in ((j, w, d, s) for j in JOBS for d in args.dtypes for w in WORKS for s in args.shapes)]
     cells = [c for c in cells if not args.only or args.only in f"{c.job} {c.work} {c.dtype} {c.shape}"]
     prepared = [prepare(cell, args.compiled) for cell in cells]
     if args.pause:
         input("Compiled. Enter starts the measurement. ")
     names = ["limit", *JAX_PEERS, "torch", "torch.compile"]
-    print(f"{'job':>23} {'work':>15} {'dtype':>9} {'shape':>14} {'ms':>8} " + " ".join(f"{n:>13}" for n in names))
+    print(f"{'job':>23} {'work':>15} {'dtype':>9} {'shape':>18} {'ms':>8} " + " ".join(f"{n:>13}" for n in names))
     rows: list[tuple[Cell, Measured]] = []
     for cell, calls, _ in prepared:
         measured = measure(calls, "jaxent", args.rounds, args.seconds)
         rows.append((cell, measured))
         ratios = [f"{measured.ratio[n][1]:13.2f}" if n in measured.ratio else 13 * " " for n in names]
         print(
-            f"{cell.job:>23} {cell.work:>15} {cell.dtype:>9} {cell.shape!s:>14} {measured.ms['jaxent'][1]:8.3f} "
+            f"{cell.job:>23} {cell.work:>15} {cell.dtype:>9} {cell.shape!s:>18} {measured.ms['jaxent'][1]:8.3f} "
             + " ".join(ratios),
             flush=True,
         )
@@ -278,12 +297,12 @@ def summary(rows: list[tuple[Cell, Measured]]) -> str:
 def tables(rows: list[tuple[Cell, Measured]]) -> str:
     """How many times jaxent's time the fastest JAX peer takes, a Markdown table for each kind of work and dtype."""
     ratio = {cell: best_jax(measured) for cell, measured in rows}
-    shapes = sorted({cell.shape for cell in ratio}, key=SHAPES.index)
+    shapes = list(dict.fromkeys(cell.shape for cell in ratio))
     lines: list[str] = []
     for work, dtype in sorted(
         {(cell.work, cell.dtype) for cell in ratio}, key=lambda kind: (kind[1] != "float32", kind)
     ):
-        lines += ["", f"| {work}, {dtype} | " + " | ".join(f"{n}×{c}" for n, c in shapes) + " |"]
+        lines += ["", f"| {work}, {dtype} | " + " | ".join("×".join(map(str, shape)) for shape in shapes) + " |"]
         lines.append("|---|" + "---:|" * len(shapes))
         for job in JOBS:
             found = [ratio.get(Cell(job, work, dtype, shape)) for shape in shapes]
@@ -346,10 +365,9 @@ def compile_times(args: argparse.Namespace) -> None:
     write_calls(args, rows)
 
 
-def shapes(text: str) -> list[tuple[int, int]]:
+def shapes(text: str) -> list[Shape]:
     """Shapes such as `128x10,512x32000`."""
-    pairs = [tuple(map(int, part.split("x"))) for part in text.split(",") if part]
-    return [(rows, classes) for rows, classes in pairs]
+    return [tuple(map(int, part.split("x"))) for part in text.split(",") if part]
 
 
 def main() -> None:
@@ -359,6 +377,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=30, help="at most, for each cell")
     parser.add_argument("--seconds", type=float, default=1.5, help="at most, for each cell beyond five rounds")
     parser.add_argument("--dtypes", type=lambda s: s.split(","), default=DTYPES)
+    parser.add_argument("--shapes", type=shapes, default=SHAPES, help="such as 1x1000000,16x33x256x256: classes second")
     parser.add_argument("--compiled", type=shapes, default=[], help="for torch.compile, such as 1024x1000,512x32000")
     parser.add_argument("--only", help="cells whose name contains this")
     parser.add_argument("--pause", action="store_true", help="wait for Enter between compiling and measuring")

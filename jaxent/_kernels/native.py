@@ -4,9 +4,9 @@ The library stands beside this file if a C++ compiler was found when the package
 """
 
 import ctypes
-import functools
 import hashlib
 from collections.abc import Callable
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +18,13 @@ from jax.interpreters import mlir
 from jax.typing import DTypeLike
 
 from .._class_axis import ClassAxis
-from . import lower_kernel
+from . import lower_in_place, lower_kernel
 
 TARGET = "jaxent_rows"
 LIBRARY = Path(__file__).parent / "native" / "libjaxent.so"
 
 
-@functools.cache
+@cache
 def unavailable() -> str | None:
     """Why the library cannot be used. It is loaded when this is first asked."""
     if not LIBRARY.exists():
@@ -59,20 +59,33 @@ def refusal(_: str, *arrays: Any, dtype: DTypeLike = jnp.float32, **__: Any) -> 
 def _row_function(name: str, results: str, of_stats: str = "") -> Callable[..., Any]:
     """A letter for each result: one of the logits' shape (o), or for each row a number (r) or a class (p)."""
 
-    def function(*arrays: jax.Array, axis: ClassAxis, dtype: DTypeLike = jnp.float32, stats: bool = False) -> Any:
+    def function(
+        *arrays: jax.Array,
+        axis: ClassAxis,
+        dtype: DTypeLike = jnp.float32,
+        stats: bool = False,
+        in_place: bool = False,
+    ) -> Any:
         shape = arrays[0].shape
         row, label = (jax.ShapeDtypeStruct(axis.rows(shape), kind) for kind in (jnp.float32, jnp.int32))
         kinds = {"r": row, "p": label, "o": jax.ShapeDtypeStruct(shape, dtype)}
         out = tuple(kinds[kind] for kind in (results + of_stats if stats else results))
-        return _call(name, out, arrays, axis)
+        return _call(name, out, arrays, axis, {0: results.index("o")} if in_place else {})
 
     return function
 
 
-def _call(name: str, out: tuple[jax.ShapeDtypeStruct, ...], arrays: tuple[jax.Array, ...], axis: ClassAxis) -> Any:
+def _call(
+    name: str,
+    out: tuple[jax.ShapeDtypeStruct, ...],
+    arrays: tuple[jax.Array, ...],
+    axis: ClassAxis,
+    aliases: dict[int, int],  # which argument a result is written over
+) -> Any:
     known = tuple(jax.ShapeDtypeStruct(o.shape, _known(o.dtype)) for o in out)
     arrays = tuple(a.astype(_known(a.dtype)) for a in arrays)
-    results = jax.ffi.ffi_call(TARGET, known)(*arrays, function=name, axis=np.int64(axis.index))
+    call = jax.ffi.ffi_call(TARGET, known, input_output_aliases=aliases)
+    results = call(*arrays, function=name, axis=np.int64(axis.index))
     return tuple(r.astype(o.dtype) for r, o in zip(results, out, strict=True))
 
 
@@ -106,7 +119,7 @@ def pick(log_p: jax.Array, y: jax.Array, *, axis: ClassAxis) -> Any:
 def place(g: jax.Array, y: jax.Array, *, axis: ClassAxis, classes: int, dtype: DTypeLike) -> Any:
     """See xla.py."""
     shape = (*y.shape[: axis.index], classes, *y.shape[axis.index :])
-    return _call("place", (jax.ShapeDtypeStruct(shape, dtype),), (g, y), axis)
+    return _call("place", (jax.ShapeDtypeStruct(shape, dtype),), (g, y), axis, {})
 
 
 def _lower_pick(context: mlir.LoweringRuleContext, log_p: Any, y: Any, *, axis: ClassAxis) -> Any:
@@ -171,7 +184,12 @@ def _users(operation: Any, block: Any) -> list[Any] | None:
     return found
 
 
-LOWERING = {"pick": _lower_pick, "log_softmax_pullback": _lower_pullback}
+LOWERING = {
+    "pick": _lower_pick,
+    "log_softmax_pullback": _lower_pullback,
+    "label_loss_and_gradient": partial(lower_in_place, label_loss_and_gradient),
+    "expected_loss_and_gradient": partial(lower_in_place, expected_loss_and_gradient),
+}
 
 
 def _made_of(function: str, value: Any, axis: ClassAxis) -> tuple[Any, ...] | None:
