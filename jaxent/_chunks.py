@@ -15,16 +15,18 @@ _LEAST = 3  # chunks, or there would be none to skip
 ENOUGH = 4096  # tokens: with more, products are no faster
 
 
-def chunk_size_in_caches(tokens: Any, features: Any) -> int:
+def chunk_size_in_caches(tokens: Any, features: Any, *, in_place: bool = False) -> int:
     """Tokens whose logits a CPU holds at once, or derivatives of the second order.
 
     Matrix products want many rows, and every chunk reads the kernel and updates its gradient once more. A sixth of
     the features keeps a chunk's logits at a sixth of the kernel's size, and what a compiler may write out beside them
-    at as much again. Chunks are of equal size as nearly as multiples of 16 allow.
+    at as much again; where the gradient is written over the logits, there may be twice as many. Chunks are of equal
+    size as nearly as multiples of 16 allow.
     """
     if not isinstance(tokens, int) or not isinstance(features, int):  # of a size that is known when it runs
         return 256
-    limit = min(max(128, features // 6), 1024)
+    part = 3 if in_place else 6
+    limit = min(max(768, features) // part, 1024)
     if tokens <= limit:
         return max(tokens, 1)
     even = -(-tokens // -(-tokens // limit))

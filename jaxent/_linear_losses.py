@@ -32,6 +32,7 @@ from ._class_axis import ClassAxis, vary
 from ._cross_entropy import Added, LossOptions, LossStats, Mixture, mixture, read_target, scale_of, told
 from ._distillation import Divergence, divergences, divergences_and_gradient
 from ._entropy import entropies, entropies_and_gradient
+from ._kernels import are_native
 from ._kernels.chip import tpu
 from ._kernels.product import Layer, dot, fit, goes_alone
 from ._label_loss import How, is_easily_underflown, is_perturbed, mixed, unmoved
@@ -443,7 +444,10 @@ _Way = Literal["differentiable", "tiles", "logits", "fused", "scaled"]
 def _sweep_in_caches(
     options: Options, wanted: _Wanted, arrays: Arrays, scale: Array | None, counts: _Live
 ) -> tuple[Float[Array, "tokens ..."], _Known | None, _Gradients]:
-    chunks = _small_chunks(options, arrays, counts, skip=True)
+    # Whether kernels will serve, as nearly as can be known here: nothing but memory depends on it.
+    losses = options.softcap is None and not options.entropy and options.divergence is None
+    in_place = losses and unseen_parts(arrays.hidden) == 1 and not options.classes.names and are_native()
+    chunks = _small_chunks(options, arrays, counts, skip=True, in_place=in_place)
     return _loop(options, "tiles", chunks, wanted, arrays, scale)
 
 
@@ -951,8 +955,11 @@ def _add_product(
     return jax.lax.fori_loop(0, math.ceil(size / max(tile, 1)), step, total)
 
 
-def _small_chunks(options: Options, arrays: Arrays, counts: _Live, *, skip: bool) -> Chunks:
-    return _chunks(options, arrays, counts, chunk_size_in_caches(*arrays.hidden.shape), skip=skip)
+def _small_chunks(
+    options: Options, arrays: Arrays, counts: _Live, *, skip: bool, in_place: bool = False
+) -> Chunks:
+    size = chunk_size_in_caches(*arrays.hidden.shape, in_place=in_place)
+    return _chunks(options, arrays, counts, size, skip=skip)
 
 
 def _chunks(options: Options, arrays: Arrays, counts: _Live, size: int, *, skip: bool) -> Chunks:

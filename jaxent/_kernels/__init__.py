@@ -217,6 +217,11 @@ def module_of(name: str) -> Any:
         return None
 
 
+def are_native() -> bool:
+    """Whether programs for the CPU at hand have its own kernels, for what they take."""
+    return jax.default_backend() == "cpu" and module_of(MACHINES["cpu"].module).unavailable() is None
+
+
 def is_old_gpu() -> bool:
     """Whether there is a GPU that Triton does not take, of compute capability below 8.0."""
     capability = str(getattr(jax.devices()[0], "compute_capability", ""))
