@@ -195,7 +195,7 @@ def torch_call(job: str, f: Loss, work: str, args: list[torch.Tensor]) -> Call:
 
 
 def apart(f: Loss) -> Loss:
-    """`f` with code of its own: PyTorch keeps what it has compiled with the code, eight programs, then it interprets."""
+    """`f` with code of its own: PyTorch compiles what has the same code for eight shapes, and then interprets."""
 
     def call(*args: Any) -> Any:
         return f(*args)
@@ -395,7 +395,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=30, help="at most, for each cell")
     parser.add_argument("--seconds", type=float, default=1.5, help="at most, for each cell beyond five rounds")
     parser.add_argument("--dtypes", type=lambda s: s.split(","), default=DTYPES)
-    parser.add_argument("--shapes", type=shapes, default=SHAPES, help="such as 1x1000000,16x33x256x256: classes second")
+    parser.add_argument(
+        "--shapes", type=shapes, default=SHAPES, help="such as 1x1000000,16x33x256x256: classes second"
+    )
     parser.add_argument("--compiled", type=shapes, default=[], help="for torch.compile, such as 1024x1000,512x32000")
     parser.add_argument("--only", help="cells whose name contains this")
     parser.add_argument("--pause", action="store_true", help="wait for Enter between compiling and measuring")

@@ -273,8 +273,10 @@ class Mixture(NamedTuple):
         """The losses as they are, stats, and the gradient of the losses' sum with scales."""
         gradients, of_label, of_q = [], None, None
         if self.label is not None:
-            factors = self.factors.times(scale).rows(self.label)
-            of_label, gradient = label_pass(how, x.dtype, x, self.label, *factors, stats=stats)
+            factors = self.factors.times(scale)
+            of_label, gradient = label_pass(
+                how, x.dtype, x, self.label, *factors.given(self.label), stats=stats, terms=factors.terms
+            )
             gradients.append(gradient)
         if self.q is not None:
             s = self._of_probabilities(how, x, scale)

@@ -5,7 +5,8 @@ smoothing mixes in, and the z-loss, with factors that may differ from row to row
 label of -1 is none, and adds nothing; nor does a row whose factors are all 0, whatever its logits are.
 """
 
-from functools import partial
+from functools import partial, reduce
+from operator import and_
 from typing import Any, NamedTuple
 
 import jax
@@ -17,12 +18,14 @@ from jaxtyping import Array, Float, Integer
 from . import _kernels as kernels
 from ._check import Implementation
 from ._class_axis import ClassAxis
+from ._kernels.label_sums import ALL, Terms, in_place_of, of_terms, results_of
 from ._linear import inner, linear, times
 from ._softmax import add, probabilities, sum_possible
 
 Row = Float[Array, "..."]
 Label = Integer[Array, "..."]
-Parts = tuple[Any, ...]  # of the losses of rows, as kernels give them: with stats or without
+Parts = tuple[Any, ...]  # the three losses of rows, None for those that nobody wants; with stats more
+_OWN: Terms = (True, False, False)
 
 
 class How(NamedTuple):
@@ -45,8 +48,17 @@ class Factors(NamedTuple):
             return Factors(*(None if x is None else scale * x for x in self))
         return Factors(*(None if x is None else times(scale, jnp.broadcast_to(x, scale.shape)) for x in self))
 
+    @property
+    def terms(self) -> Terms:
+        """Which of them there are."""
+        return self.a is not None, self.u is not None, self.z is not None
+
+    def given(self, like: Label) -> tuple[Row, ...]:
+        """Those that there are as kernels want them: a number for each row."""
+        return tuple(jnp.broadcast_to(x, like.shape) for x in self if x is not None)
+
     def rows(self, like: Label) -> tuple[Row, ...]:
-        """As kernels want them: a number for each row."""
+        """All three so."""
         dtype = next(x.dtype for x in self if x is not None)
         return tuple(jnp.zeros_like(like, dtype) if x is None else jnp.broadcast_to(x, like.shape) for x in self)
 
@@ -59,16 +71,16 @@ def label_losses(
     how: How, stats: bool, x: Float[Array, "..."], y: Label, factors: Factors
 ) -> tuple[Row, Parts | None]:
     """The loss of each row."""
-    parts = kernels.label_loss(x, y, stats=stats, **how._asdict())
+    parts = label_parts(how, x, y, stats=stats, terms=factors.terms)
     return mixed(y, parts, factors), parts if stats else None
 
 
 @partial(label_losses.defjvp, symbolic_zeros=True)
 def _label_losses_jvp(how: How, stats: bool, primals: Any, tangents: Any) -> tuple[Any, Any]:
     (x, y, factors), (x_dot, _, factors_dot) = primals, tangents
-    terms = _along_factors(y, kernels.label_loss(x, y, stats=stats, **how._asdict()), factors_dot)
+    terms = _along_factors(y, label_parts(how, x, y, stats=stats, terms=factors.terms), factors_dot)
     if is_perturbed(x_dot):
-        along = linear(partial(_along, how), partial(_gradient, how, x.dtype), (x, y, *factors.rows(y)), x_dot)
+        along = _linear_in_x(how, factors.terms, x, y, factors.given(y), x_dot)
         terms.append(how.axis.total(along))
     losses, parts = label_losses(how, stats, *primals)
     return (losses, parts), (add(terms), unmoved(parts))
@@ -89,7 +101,7 @@ def _label_total_jvp(how: How, stats: bool, primals: Any, tangents: Any) -> tupl
     if not is_perturbed(x_dot) or is_easily_underflown(x.dtype):
         (losses, parts), (along, unmoving) = _label_losses_jvp(how, stats, primals, tangents)
         return (jnp.sum(losses), parts), (jnp.sum(along), unmoving)
-    parts, gradient = label_pass(how, x.dtype, x, y, *factors.rows(y), stats=stats)
+    parts, gradient = label_pass(how, x.dtype, x, y, *factors.given(y), stats=stats, terms=factors.terms)
     terms = [jnp.sum(term) for term in _along_factors(y, parts, factors_dot)]
     along = add([*terms, how.axis.total(inner(gradient, x_dot))])
     known = parts if stats else None
@@ -135,42 +147,69 @@ def _along_factors(y: Label, parts: Any, factors_dot: Factors) -> list[Row]:
     return [mixed(y, parts, moving)] if any(t is not None for t in moving) else []
 
 
+def label_parts(how: How, x: Float[Array, "..."], y: Label, *, stats: bool = False, terms: Terms = ALL) -> Parts:
+    """The three losses of each row, None for those that are neither terms nor stats."""
+    out = kernels.as_tuple(kernels.label_loss(x, y, stats=stats, terms=terms, **how._asdict()))
+    losses = results_of(terms, stats)
+    return *in_place_of(out[: sum(losses)], losses), *out[sum(losses) :]
+
+
 def label_pass(
-    how: How, dtype: DTypeLike, x: Float[Array, "..."], y: Label, *factors: Row, stats: bool = False
+    how: How,
+    dtype: DTypeLike,
+    x: Float[Array, "..."],
+    y: Label,
+    *factors: Row,
+    stats: bool = False,
+    terms: Terms = ALL,
 ) -> tuple[Parts, Float[Array, "..."]]:
-    """The three losses of each row, and the gradient of their mixture in `dtype`."""
-    out = kernels.label_loss_and_gradient(x, y, *factors, dtype=dtype, stats=stats, **how._asdict())
-    return (*out[:3], *out[4:]), out[3]
+    """The losses as of `label_parts`, and the gradient of their mixture in `dtype`, with a factor for each term."""
+    out = kernels.label_loss_and_gradient(x, y, *factors, dtype=dtype, stats=stats, terms=terms, **how._asdict())
+    losses = results_of(terms, stats)
+    some, (gradient, *known) = out[: sum(losses)], out[sum(losses) :]
+    return (*in_place_of(some, losses), *known), gradient
 
 
-def _along(how: How, x: Array, y: Label, a: Row, u: Row, z: Row, t: Array) -> Row:
-    """This device's part of the derivative of the mixture along `t`."""
-    _, gradient = label_pass(how, a.dtype, x, y, a, u, z)
-    return jnp.sum(gradient * t.astype(a.dtype), how.axis.index)
+def _linear_in_x(how: How, terms: Terms, x: Array, y: Label, factors: tuple[Row, ...], t: Array) -> Row:
+    """The derivative of the mixture along `t`: this device's part."""
+    return linear(partial(_along, how, terms), partial(_gradient, how, terms, x.dtype), (x, y, *factors), t)
 
 
-def _gradient(how: How, dtype: DTypeLike, x: Array, y: Label, a: Row, u: Row, z: Row, g: Row) -> Array:
+def _along(how: How, terms: Terms, x: Array, y: Label, *factors_and_t: Array) -> Row:
+    *factors, t = factors_and_t
+    dtype = factors[0].dtype
+    _, gradient = label_pass(how, dtype, x, y, *factors, terms=terms)
+    return jnp.sum(gradient * t.astype(dtype), how.axis.index)
+
+
+def _gradient(how: How, terms: Terms, dtype: DTypeLike, x: Array, y: Label, *factors_and_g: Array) -> Array:
     """Its transpose."""
-    return label_pass(how, dtype, x, y, g * a, g * u, g * z)[1]
+    *factors, g = factors_and_g
+    return label_pass(how, dtype, x, y, *(g * factor for factor in factors), terms=terms)[1]
 
 
 @kernels.label_loss.defjvp
-def _label_loss_jvp(primals: Any, tangents: Any, *, stats: bool = False, **how: Any) -> tuple[Any, Any]:
+def _label_loss_jvp(
+    primals: Any, tangents: Any, *, stats: bool = False, terms: Terms = ALL, **how: Any
+) -> tuple[Any, Any]:
     (x, y), (x_dot, _) = primals, tangents
-    return kernels.label_loss(x, y, stats=stats, **how), _along_rows(How(**how), x, y, x_dot)
+    losses = results_of(terms, stats)
+    along = of_terms(_along_rows(How(**how), x, y, x_dot, losses), losses)
+    return kernels.label_loss(x, y, stats=stats, terms=terms, **how), along
 
 
-def _along_rows(how: How, x: Array, y: Label, t: Array) -> tuple[Row, Row, Row]:
-    """The derivatives of the three losses."""
+def _along_rows(how: How, x: Array, y: Label, t: Array, losses: Terms) -> tuple[Row | None, Row | None, Row | None]:
+    """The derivatives of these losses."""
     axis, dtype, counts = how.axis, kernels.compute_dtype(x.dtype), y >= 0
-    one, zero = jnp.ones(y.shape, dtype), jnp.zeros(y.shape, dtype)
-    of_loss = linear(partial(_along, how), partial(_gradient, how, x.dtype), (x, y, one, zero, zero), t)
+    of_loss = axis.total(_linear_in_x(how, _OWN, x, y, (jnp.ones(y.shape, dtype),), t)) if losses[0] else None
+    if not (losses[1] or losses[2]):
+        return of_loss, None, None
     t = t.astype(dtype)
     p = kernels.softmax(_shown(x, y, axis), dtype=dtype, **how._asdict())
     of_lse = axis.total(linear(partial(_mean, axis), _spread, (p,), t))
     of_uniform = of_lse - axis.sum(t) / max(axis.size(x), 1)
     of_uniform, of_lse = (jnp.where(counts, axis.squeeze(row), 0.0) for row in (of_uniform, of_lse))
-    return axis.total(of_loss), of_uniform, of_lse
+    return of_loss, of_uniform, of_lse
 
 
 def _mean(axis: ClassAxis, p: Array, t: Array) -> Float[Array, "..."]:
@@ -184,26 +223,30 @@ def _spread(p: Array, g: Array) -> Float[Array, "..."]:
 
 @kernels.label_loss_and_gradient.defjvp
 def _label_pass_jvp(
-    primals: Any, tangents: Any, *, dtype: DTypeLike, stats: bool = False, **how: Any
+    primals: Any, tangents: Any, *, dtype: DTypeLike, stats: bool = False, terms: Terms = ALL, **how: Any
 ) -> tuple[Any, Any]:
-    (x, y, a, u, z), (x_dot, _, *factors_dot) = primals, tangents
-    axis, out = how["axis"], kernels.label_loss_and_gradient(*primals, dtype=dtype, stats=stats, **how)
-    counted = jnp.where((a == 0.0) & (u == 0.0) & (z == 0.0), -1, y)  # as in the gradient
-    one, zero = jnp.ones_like(a), jnp.zeros_like(a)
-    moved, terms = (zero, zero, zero), []
-    for i, factor_dot in enumerate(factors_dot):  # the gradient is linear in the factors
+    (x, y, *factors), (x_dot, _, *factors_dot) = primals, tangents
+    axis, losses = how["axis"], results_of(terms, stats)
+    out = kernels.label_loss_and_gradient(*primals, dtype=dtype, stats=stats, terms=terms, **how)
+    one, moved = jnp.ones_like(factors[0]), (jnp.zeros_like(factors[0]),) * sum(losses)
+    counted = jnp.where(reduce(and_, (factor == 0.0 for factor in factors)), -1, y)  # as in the gradient
+    moving = []
+    for i, factor_dot in enumerate(in_place_of(factors_dot, terms)):  # the gradient is linear in the factors
         if factor_dot is not None:
-            unit = label_pass(How(**how), a.dtype, x, y, *(one if i == j else zero for j in range(3)))[1]
-            terms.append(times(jnp.broadcast_to(axis.expand(factor_dot), x.shape), unit).astype(dtype))
+            only: Any = tuple(i == j for j in range(3))
+            unit = label_pass(How(**how), one.dtype, x, y, one, terms=only)[1]
+            moving.append(times(jnp.broadcast_to(axis.expand(factor_dot), x.shape), unit).astype(dtype))
     if x_dot is not None:
         # Labels are constant, smoothed or not, so the gradient moves as softmax does; the z-loss curves it, too.
-        moved = _along_rows(How(**how), x, y, x_dot)
+        moved = of_terms(_along_rows(How(**how), x, y, x_dot, losses), losses)
         p, dp = probabilities(_shown(x, counted, axis), x_dot, **how)
-        curved = axis.expand(a + u + 2.0 * z * out[2]) * dp + axis.expand(2.0 * z) * _square(
-            axis, p, x_dot.astype(p.dtype)
-        )
-        terms.append(jnp.where(axis.expand(counted >= 0), curved, 0.0).astype(dtype))
-    return out, (*moved, add(terms))
+        a, u, z = in_place_of(factors, terms)
+        of_z = None if z is None else 2.0 * z * in_place_of(out[: sum(losses)], losses)[2]
+        curved = axis.expand(add([factor for factor in (a, u, of_z) if factor is not None])) * dp
+        if z is not None:
+            curved += axis.expand(2.0 * z) * _square(axis, p, x_dot.astype(p.dtype))
+        moving.append(jnp.where(axis.expand(counted >= 0), curved, 0.0).astype(dtype))
+    return out, (*moved, add(moving))
 
 
 def _shown(x: Array, y: Label, axis: ClassAxis) -> Float[Array, "..."]:

@@ -955,9 +955,7 @@ def _add_product(
     return jax.lax.fori_loop(0, math.ceil(size / max(tile, 1)), step, total)
 
 
-def _small_chunks(
-    options: Options, arrays: Arrays, counts: _Live, *, skip: bool, in_place: bool = False
-) -> Chunks:
+def _small_chunks(options: Options, arrays: Arrays, counts: _Live, *, skip: bool, in_place: bool = False) -> Chunks:
     size = chunk_size_in_caches(*arrays.hidden.shape, in_place=in_place)
     return _chunks(options, arrays, counts, size, skip=skip)
 

@@ -56,7 +56,20 @@ ARGUMENTS = {
     "log_softmax_pullback": "xt", "label_loss": "xy", "label_loss_and_gradient": "xyauz", "expected_loss": "xq",
     "expected_loss_and_gradient": "xqa", "pick": "xy", "place": "ay",
 }  # fmt: skip
+LABEL_TERMS = [("a", False), ("az", True), ("u", False)]
+GIVEN = {"axis": np.int64(1), "terms": np.int64(7)}
 ROWS_ONLY = ("label_loss", "expected_loss", "pick")
+IN_PLACE = ("label_loss_and_gradient", "expected_loss_and_gradient")
+
+
+def _variants():
+    """Functions with their stats, and those of labels with some of their terms."""
+    for name, arguments in ARGUMENTS.items():
+        yield name, arguments, {"stats": True} if "loss" in name else {}
+        for some, stats in LABEL_TERMS if name.startswith("label") else ():
+            terms = tuple(letter in some for letter in "auz")
+            given = arguments[:2] + some if "gradient" in name else arguments
+            yield name, given, {"terms": terms, "stats": stats}
 
 
 @pytest.mark.parametrize("special", [False, True])
@@ -65,10 +78,9 @@ ROWS_ONLY = ("label_loss", "expected_loss", "pick")
 def test_it_computes_what_the_plain_form_does(shape, index, dtype, special):
     arrays, axis = _arrays(shape, index, dtype, special), ClassAxis(index)
     known = np.all(np.isfinite(np.max(np.float64(arrays["x"]), index, keepdims=True, initial=-np.inf)), index)
-    for name, arguments in ARGUMENTS.items():
+    for name, arguments, options in _variants():
         for out in {dtype, "float32"} if name not in ROWS_ONLY else {None}:
-            options = {"stats": True} if "loss" in name else {}
-            options |= {} if out is None else {"dtype": jnp.dtype(out)}
+            options = options | ({} if out is None else {"dtype": jnp.dtype(out)})
             options |= {"classes": shape[index]} if name == "place" else {}
             args = [jnp.asarray(arrays[a]) for a in arguments]
             got = jax.jit(functools.partial(getattr(native, name), axis=axis, **options))(*args)
@@ -83,6 +95,37 @@ def test_it_computes_what_the_plain_form_does(shape, index, dtype, special):
                 scale = np.max(np.abs(w), where=np.isfinite(w), initial=0.0)
                 ulp = ULP[out or "float32"]
                 np.testing.assert_allclose(g, w, rtol=16 * ulp, atol=8 * max(ulp, 2.0**-23) * scale, err_msg=name)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("shape", "index"), [case for case in SHAPES if 0 not in case[0]], ids=str)
+def test_a_gradient_is_written_over_the_logits(shape, index, dtype):
+    arrays = _arrays(shape, index, dtype, False)
+    for name in IN_PLACE:
+        x, *others = (jnp.asarray(arrays[a]) for a in ARGUMENTS[name])
+
+        def run(x, *others, in_place, name=name):
+            made = x * jnp.asarray(2, x.dtype)
+            return getattr(native, name)(made, *others, axis=ClassAxis(index), dtype=x.dtype, in_place=in_place)
+
+        programs = [jax.jit(functools.partial(run, in_place=i)).lower(x, *others).compile() for i in (True, False)]
+        for g, w in zip(*(program(x, *others) for program in programs), strict=True):
+            np.testing.assert_array_equal(np.float64(g), np.float64(w), err_msg=name)
+        saved = [program.memory_analysis().temp_size_in_bytes for program in programs]
+        assert saved[1] - saved[0] >= x.nbytes, name
+
+
+def test_who_is_written_over():
+    """Logits that the program makes itself; an argument would have to be copied."""
+    x, layer, y, q = jnp.zeros((512, 64)), jnp.zeros((64, 1000)), jnp.zeros(512, jnp.int32), jnp.zeros((512, 1000))
+
+    def temporaries(f, *args):
+        return jax.jit(jax.value_and_grad(f)).lower(*args).compile().memory_analysis().temp_size_in_bytes
+
+    logits = 4 * 512 * 1000
+    assert temporaries(lambda x: jaxent.cross_entropy(x @ layer, y), x) < 1.2 * logits
+    assert temporaries(lambda x, q: jaxent.cross_entropy(x @ layer, q), x, q) < 1.2 * logits
+    assert temporaries(lambda x: jaxent.cross_entropy(x, y), q) < 0.1 * logits
 
 
 @pytest.mark.parametrize("classes", [10, 20, 129, 513, 1025, 2049, 5000, 70_001])
@@ -154,14 +197,18 @@ def test_asked_for_what_it_does_not_compute():
         ("x", "x", {"axis": np.int64(2)}, "the logits have no such axis"),
         ("xx", "rrr", {"function": "label_loss"}, "argument 1 has the wrong shape"),
         ("xr", "rrr", {"function": "label_loss"}, "argument 1 has the wrong dtype"),
+        ("xi", "rr", {"function": "label_loss", "terms": np.int64(1)}, "expected 2 arguments and 1 results"),
+        ("xirrr", "rx", {"function": "label_loss_and_gradient", "terms": np.int64(1)}, "expected 3 arguments and 2"),
+        ("xir", "rx", {"function": "label_loss_and_gradient", "terms": np.int64(3)}, "expected 4 arguments and 3"),
     ],
 )
 def test_a_call_that_cannot_be_is_refused(arguments, results, options, message):
     arrays = {"x": jnp.zeros((4, 3)), "y": jnp.zeros((4, 4)), "d": jnp.zeros((4, 3), jnp.int32), "r": jnp.zeros(4)}
+    arrays["i"] = jnp.zeros(4, jnp.int32)
     out = [jax.ShapeDtypeStruct(arrays[r].shape, arrays[r].dtype) for r in results]
     call = jax.ffi.ffi_call(native.TARGET, out)
     with pytest.raises(jax.errors.JaxRuntimeError, match=message):
-        call(*(arrays[a] for a in arguments), **{"function": "softmax", "axis": np.int64(1)} | options)
+        call(*(arrays[a] for a in arguments), **{"function": "softmax", **GIVEN} | options)
 
 
 def _calls(f, *args):

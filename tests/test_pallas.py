@@ -1,6 +1,7 @@
 """The Pallas kernels, interpreted on the CPU: against the plain form, and in the tests of everybody."""
 
 import functools
+import itertools
 import os
 import re
 import subprocess
@@ -17,7 +18,7 @@ from jax.experimental.pallas import tpu as pltpu
 import jaxent
 from jaxent._class_axis import ClassAxis
 from jaxent._kernels import gpu, tpu, tpu_columns, tpu_lanes, tpu_long, tpu_parts, xla
-from jaxent._kernels.rows import FUNCTIONS
+from jaxent._kernels.rows import FUNCTIONS, function_of
 
 pytestmark = pytest.mark.more(cases=2)
 
@@ -226,16 +227,23 @@ def test_several_rows_a_program(monkeypatch, shape, axis, dtype):
     _compare(gpu, shape, axis, dtype)
 
 
+def _variants(name):
+    """With stats, and of labels with some of their terms."""
+    yield name, {"stats": bool(FUNCTIONS[name].stats)}
+    for terms, stats in [((True, False, False), False), ((True, False, True), True)] if "label" in name else ():
+        yield name, {"terms": terms, "stats": stats}
+
+
 def _compare(machine, shape, axis, dtype, names=tuple(FUNCTIONS)):
     last = (*shape[:axis], *shape[axis + 1 :], shape[axis])
     arrays = {k: np.moveaxis(a, -1, axis) if k in "xt" else a for k, a in _arrays(last, dtype).items()}
     known = np.isfinite(np.max(np.float64(arrays["x"]), axis))
-    for name in names:
-        function = FUNCTIONS[name]
+    for name, options in itertools.chain.from_iterable(map(_variants, names)):
+        function = function_of(name, **options)
         # What a loss's pullback asks for: half precision in, and float32 out.
         out = "float32" if len(shape) == 1 else dtype
-        options = {"dtype": jnp.dtype(out)} if function.entry else {}
-        options |= {"stats": True} if function.stats else {}
+        options = {key: option for key, option in options.items() if option is not False}
+        options |= {"dtype": jnp.dtype(out)} if function.entry else {}
         options["axis"] = ClassAxis(axis)
         args = [jnp.asarray(arrays[a]) for a in function.arguments]
         assert machine.refusal(name, *args, **options) is None

@@ -18,6 +18,7 @@ from jax.typing import DTypeLike
 
 from .._class_axis import ClassAxis
 from . import gpu_few, is_old_gpu, lower_in_place
+from .label_sums import ALL, Terms
 from .rows import Function, Part, Rows, function_of, grouped, over_logits, repeat, struct
 from .rows import refusal as refusal_of_any
 
@@ -121,9 +122,10 @@ def _function(name: str) -> Callable[..., Any]:
         axis: ClassAxis,
         dtype: DTypeLike = jnp.float32,
         stats: bool = False,
+        terms: Terms = ALL,
         in_place: bool = False,
     ) -> Any:
-        function, classes = function_of(name, stats), axis.size(arrays[0])
+        function, classes = function_of(name, stats, terms), axis.size(arrays[0])
 
         def narrowed(x: jax.Array, kind: str) -> jax.Array:
             return jnp.clip(x, -1, classes).astype(jnp.int32) if kind == "y" and x.dtype != jnp.int32 else x

@@ -1,6 +1,9 @@
 """Rows of the loss of class indices, and its gradient, from sums of exponentials that are relative to any number."""
 
-from typing import NamedTuple
+from collections.abc import Iterable
+from functools import reduce
+from operator import and_
+from typing import Any, NamedTuple, TypeAlias
 
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Integer
@@ -9,6 +12,27 @@ from .._class_axis import ClassAxis
 
 Logits = Float[Array, "..."]
 Row = Float[Array, "..."]
+
+# Which of a label's three losses, and of their factors, there are: its own, the mean over all classes, the logsumexp.
+Terms: TypeAlias = tuple[bool, bool, bool]
+ALL: Terms = (True, True, True)
+
+
+def of_terms(three: Iterable[Any], terms: Terms) -> tuple[Any, ...]:
+    """Those that there are."""
+    return tuple(x for x, there_is in zip(three, terms, strict=True) if there_is)
+
+
+def in_place_of(some: Iterable[Any], terms: Terms) -> tuple[Any, Any, Any]:
+    """All three again, None for what there is not."""
+    rest = iter(some)
+    one, two, three = (next(rest) if there_is else None for there_is in terms)
+    return one, two, three
+
+
+def results_of(terms: Terms, stats: bool) -> Terms:
+    """The losses that are results: with stats also those that these are made of."""
+    return terms[0] or stats, terms[1], terms[2] or stats
 
 
 class LabelSums(NamedTuple):
@@ -37,10 +61,7 @@ def label_gradient(
     label: Bool[Array, "..."],
     e: Logits,
     y: Integer[Array, "..."],
-    a: Row,
-    u: Row,
-    z: Row,
-    *,
+    *factors: Row | None,
     axis: ClassAxis,
     classes: int | None = None,
 ) -> Logits:
@@ -49,9 +70,11 @@ def label_gradient(
     Or of some classes, if it is said how many there are.
     """
     lse = axis.expand(label_rows(sums, y, axis=axis)[2])
-    a, u, z = map(axis.expand, (a, u, z))
+    a, u, z = (0.0 if factor is None else axis.expand(factor) for factor in factors)
     own, others = jnp.exp(sums.d), sums.others
-    total, shared = others + own, u + 2.0 * z * lse
+    total, shared = others + own, u if factors[2] is None else u + 2.0 * z * lse
     gradient = jnp.where(label, shared * (own / total) - a * (others / total), e / total * (a + shared))
-    nothing = axis.expand(y < 0) | ((a == 0.0) & (u == 0.0) & (z == 0.0))
-    return jnp.where(nothing, 0.0, gradient - u / max(classes or axis.size(e), 1))
+    if factors[1] is not None:
+        gradient -= u / max(classes or axis.size(e), 1)
+    nothing = reduce(and_, (axis.expand(factor == 0.0) for factor in factors if factor is not None))
+    return jnp.where(axis.expand(y < 0) | nothing, 0.0, gradient)

@@ -19,8 +19,10 @@ from jax.typing import DTypeLike
 
 from .._class_axis import ClassAxis
 from . import lower_in_place, lower_kernel
+from .label_sums import ALL, Terms, results_of
 
 TARGET = "jaxent_rows"
+_OWN: Terms = (True, False, False)
 LIBRARY = Path(__file__).parent / "native" / "libjaxent.so"
 
 
@@ -57,20 +59,22 @@ def refusal(_: str, *arrays: Any, dtype: DTypeLike = jnp.float32, **__: Any) -> 
 
 
 def _row_function(name: str, results: str, of_stats: str = "") -> Callable[..., Any]:
-    """A letter for each result: one of the logits' shape (o), or for each row a number (r) or a class (p)."""
+    """A letter for each result: one of the logits' shape (o), or of rows a number (r), a class (p) or losses (l)."""
 
     def function(
         *arrays: jax.Array,
         axis: ClassAxis,
         dtype: DTypeLike = jnp.float32,
         stats: bool = False,
+        terms: Terms = ALL,
         in_place: bool = False,
     ) -> Any:
         shape = arrays[0].shape
         row, label = (jax.ShapeDtypeStruct(axis.rows(shape), kind) for kind in (jnp.float32, jnp.int32))
         kinds = {"r": row, "p": label, "o": jax.ShapeDtypeStruct(shape, dtype)}
-        out = tuple(kinds[kind] for kind in (results + of_stats if stats else results))
-        return _call(name, out, arrays, axis, {0: results.index("o")} if in_place else {})
+        letters = (results + of_stats * stats).replace("l", "r" * sum(results_of(terms, stats)))
+        out = tuple(kinds[kind] for kind in letters)
+        return _call(name, out, arrays, axis, terms, {0: letters.index("o")} if in_place else None)
 
     return function
 
@@ -80,13 +84,18 @@ def _call(
     out: tuple[jax.ShapeDtypeStruct, ...],
     arrays: tuple[jax.Array, ...],
     axis: ClassAxis,
-    aliases: dict[int, int],  # which argument a result is written over
+    terms: Terms = ALL,
+    aliases: dict[int, int] | None = None,  # which argument a result is written over
 ) -> Any:
     known = tuple(jax.ShapeDtypeStruct(o.shape, _known(o.dtype)) for o in out)
     arrays = tuple(a.astype(_known(a.dtype)) for a in arrays)
-    call = jax.ffi.ffi_call(TARGET, known, input_output_aliases=aliases)
-    results = call(*arrays, function=name, axis=np.int64(axis.index))
+    call = jax.ffi.ffi_call(TARGET, known, input_output_aliases=aliases or {})
+    results = call(*arrays, function=name, axis=np.int64(axis.index), terms=np.int64(_mask(terms)))
     return tuple(r.astype(o.dtype) for r, o in zip(results, out, strict=True))
+
+
+def _mask(terms: Terms) -> int:
+    return sum(there_is << i for i, there_is in enumerate(terms))
 
 
 def _known(dtype: DTypeLike) -> jnp.dtype:
@@ -98,8 +107,8 @@ softmax = _row_function("softmax", "o")
 log_softmax = _row_function("log_softmax", "o")
 softmax_derivative = _row_function("softmax_derivative", "o")
 log_softmax_derivative = _row_function("log_softmax_derivative", "o")
-label_loss = _row_function("label_loss", "rrr", "p")
-label_loss_and_gradient = _row_function("label_loss_and_gradient", "rrro", "p")
+label_loss = _row_function("label_loss", "l", "p")
+label_loss_and_gradient = _row_function("label_loss_and_gradient", "lo", "p")
 log_softmax_pullback = _row_function("log_softmax_pullback", "o")
 expected_loss = _row_function("expected_loss", "r", "rp")
 expected_loss_and_gradient = _row_function("expected_loss_and_gradient", "ro", "rp")
@@ -119,7 +128,7 @@ def pick(log_p: jax.Array, y: jax.Array, *, axis: ClassAxis) -> Any:
 def place(g: jax.Array, y: jax.Array, *, axis: ClassAxis, classes: int, dtype: DTypeLike) -> Any:
     """See xla.py."""
     shape = (*y.shape[: axis.index], classes, *y.shape[axis.index :])
-    return _call("place", (jax.ShapeDtypeStruct(shape, dtype),), (g, y), axis, {})
+    return _call("place", (jax.ShapeDtypeStruct(shape, dtype),), (g, y), axis)
 
 
 def _lower_pick(context: mlir.LoweringRuleContext, log_p: Any, y: Any, *, axis: ClassAxis) -> Any:
@@ -128,7 +137,7 @@ def _lower_pick(context: mlir.LoweringRuleContext, log_p: Any, y: Any, *, axis: 
         return lower_kernel(pick, context, log_p, y, axis=axis)
 
     def loss(x: jax.Array, y: jax.Array) -> jax.Array:
-        return label_loss(x, y, axis=axis)[0]
+        return label_loss(x, y, axis=axis, terms=_OWN)[0]
 
     return _lower_of(context, loss, made_of[0], y)
 
@@ -138,29 +147,27 @@ def _lower_pullback(context: mlir.LoweringRuleContext, x: Any, g: Any, *, axis: 
     if made_of is None:
         return lower_kernel(log_softmax_pullback, context, x, g, axis=axis, dtype=dtype)
 
-    def losses_and_gradient(x: jax.Array, g: jax.Array, y: jax.Array) -> tuple[jax.Array, ...]:
-        none = jnp.zeros_like(g)
-        return label_loss_and_gradient(x, y, g, none, none, axis=axis, dtype=dtype)
+    def loss_and_gradient(x: jax.Array, g: jax.Array, y: jax.Array) -> tuple[jax.Array, ...]:
+        return label_loss_and_gradient(x, y, g, axis=axis, dtype=dtype, terms=_OWN)
 
-    *losses, gradient = _lower_of(context, losses_and_gradient, x, *made_of)
-    _give_losses_of(x, made_of[1], axis, losses)
+    loss, gradient = _lower_of(context, loss_and_gradient, x, *made_of)
+    _give_loss_of(x, made_of[1], axis, loss)
     return [gradient]
 
 
-def _give_losses_of(x: Any, y: Any, axis: ClassAxis, losses: list[Any]) -> None:
+def _give_loss_of(x: Any, y: Any, axis: ClassAxis, loss: Any) -> None:
     """Whoever was given the losses of these labels by a call of their own is given those of a later call instead.
 
     The earlier one is then made for nobody, and the logits are read once. Not where the later call needs its results.
     """
-    earlier = [use.owner for use in x.uses if _arguments("label_loss", use.owner, axis) == (x, y)]
+    earlier = [use.owner for use in x.uses if _arguments("label_loss", use.owner, axis, _OWN) == (x, y)]
     if len(earlier) != 1:
         return
-    call = losses[0].owner.operation
+    call = loss.owner.operation
     users = _users(earlier[0], call.block)
     if users is None or call in users:
         return
-    for mine, theirs in zip(losses, earlier[0].results, strict=True):
-        theirs.replace_all_uses_with(mine)
+    earlier[0].results[0].replace_all_uses_with(loss)
     last = call
     for user in [user for user in (o.operation for o in call.block.operations) if user in users]:
         user.move_after(last)
@@ -202,14 +209,15 @@ def _made_of(function: str, value: Any, axis: ClassAxis) -> tuple[Any, ...] | No
     return _arguments(function, value.owner, axis)
 
 
-def _arguments(function: str, operation: Any, axis: ClassAxis) -> tuple[Any, ...] | None:
+def _arguments(function: str, operation: Any, axis: ClassAxis, terms: Terms = ALL) -> tuple[Any, ...] | None:
     """What our own `function` along `axis` is called with, if that is the operation."""
     if getattr(operation, "name", None) != "stablehlo.custom_call":
         return None
     if operation.attributes["call_target_name"].value != TARGET:
         return None
     options = operation.attributes["mhlo.backend_config"]
-    if (options["function"].value, options["axis"].value) != (function, axis.index):
+    found = tuple(options[name].value for name in ("function", "axis", "terms"))
+    if found != (function, axis.index, _mask(terms)):
         return None
     return tuple(operation.operands)
 

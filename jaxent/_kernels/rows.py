@@ -8,12 +8,16 @@ largest one's $x_k - m$ is 0 without saying so.
 """
 
 from collections.abc import Callable
+from functools import partial, reduce
+from operator import and_
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float
+
+from .label_sums import ALL, Terms, in_place_of, of_terms, results_of
 
 Entries = Float[Array, "..."]  # of some classes of some rows
 Row = Float[Array, "..."]  # a number for each row, or the same number for all of its entries
@@ -92,9 +96,9 @@ def struct(shape: tuple[int, ...], dtype: DTypeLike, *like: Array) -> Any:
     return jax.eval_shape(result, *like)
 
 
-def function_of(name: str, stats: bool) -> Function:
-    """The row function of that name, with its stats or without."""
-    function = FUNCTIONS[name]
+def function_of(name: str, stats: bool, terms: Terms = ALL) -> Function:
+    """The row function of that name, with its stats or without, and of labels with these terms."""
+    function = LABEL_FUNCTIONS[name](terms, results_of(terms, stats)) if name in LABEL_FUNCTIONS else FUNCTIONS[name]
     return function._replace(results=function.results + function.stats) if stats else function
 
 
@@ -225,43 +229,65 @@ def _log_softmax_cotangent(part: Part, threshold: Row, of_dominant: Row, mean: R
     return jnp.where(part.e > threshold, of_dominant, part.t - part.e * mean)
 
 
-# The loss of labels
+# The loss of labels. There are gaps where the mean over all classes is wanted.
 
 
-def _collect_losses(part: Part, others: Entries, gaps: Entries, of_label: Entries) -> Sums:
+def _collect_losses(part: Part, others: Entries, of_label: Entries, *gaps: Entries) -> Sums:
     own = jnp.where(part.label, part.x, of_label)
-    return others + jnp.where(part.label, 0.0, part.e), gaps + (part.x - part.m), own
+    return others + jnp.where(part.label, 0.0, part.e), own, *(sum_ + (part.x - part.m) for sum_ in gaps)
 
 
-def _rescale_losses(growth: Growth, others: Row, gaps: Row, of_label: Row) -> Sums:
-    return others * growth.e, gaps + growth.classes * growth.m, of_label
+def _rescale_losses(growth: Growth, others: Row, of_label: Row, *gaps: Row) -> Sums:
+    return others * growth.e, of_label, *(sum_ + growth.classes * growth.m for sum_ in gaps)
 
 
-def _losses(rows: Rows, others: Row, gaps: Row, of_label: Row) -> tuple[tuple[Row, Row, Row], Row]:
+def _losses(rows: Rows, others: Row, of_label: Row, *gaps: Row) -> tuple[tuple[Row, Row | None, Row], Row]:
     """The three losses, and the exponential of the label's class."""
     y = rows.given[0]
     d = jnp.where(y < rows.classes, of_label - rows.m, jnp.nan)
     of_label = jnp.exp(d)
     log_total = jnp.where(d == 0.0, _log1p(others), jnp.log(others + of_label))
-    loss, uniform, lse = log_total - d, log_total - gaps / rows.classes, rows.m + log_total
-    return (jnp.where(y < 0, 0.0, loss), jnp.where(y < 0, 0.0, uniform), jnp.where(y < 0, 0.0, lse)), of_label
+    loss, lse = (jnp.where(y < 0, 0.0, x) for x in (log_total - d, rows.m + log_total))
+    uniform = jnp.where(y < 0, 0.0, log_total - gaps[0] / rows.classes) if gaps else None
+    return (loss, uniform, lse), of_label
 
 
-def _loss_rows(rows: Rows, *sums: Row) -> Finished:
-    return _losses(rows, *sums)[0], ()
+def _loss_rows(results: Terms, rows: Rows, *sums: Row) -> Finished:
+    return of_terms(_losses(rows, *sums)[0], results), ()
 
 
-def _loss_gradient_rows(rows: Rows, others: Row, gaps: Row, of_label: Row) -> Finished:
-    losses, own = _losses(rows, others, gaps, of_label)
-    y, a, u, z = rows.given
-    total, shared, shift = others + own, u + 2.0 * z * losses[2], u / rows.classes
-    y = jnp.where((a == 0.0) & (u == 0.0) & (z == 0.0), -1, y)
-    of_label = jnp.where(y < 0, 0.0, (shared * own - a * others) / total - shift)
-    return losses, (y, of_label, (a + shared) / total, shift)
+def _loss_gradient_rows(terms: Terms, results: Terms, rows: Rows, others: Row, of_label: Row, *gaps: Row) -> Finished:
+    losses, own = _losses(rows, others, of_label, *gaps)
+    y, *factors = rows.given
+    a, u, z = (jnp.zeros_like(own) if factor is None else factor for factor in in_place_of(factors, terms))
+    total, shared = others + own, u + 2.0 * z * losses[2] if terms[2] else u
+    y = jnp.where(reduce(and_, (factor == 0.0 for factor in factors)), -1, y)
+    of_label = jnp.where(y < 0, 0.0, (shared * own - a * others) / total - u / rows.classes)
+    return of_terms(losses, results), (y, of_label, (a + shared) / total, *(u / rows.classes,) * terms[1])
 
 
-def _loss_gradient(part: Part, y: Row, of_label: Row, scale: Row, shift: Row) -> Entries:
-    return jnp.where(part.label | (y < 0), of_label, part.e * scale - shift)
+def _loss_gradient(part: Part, y: Row, of_label: Row, scale: Row, *shift: Row) -> Entries:
+    of_others = part.e * scale - shift[0] if shift else part.e * scale
+    return jnp.where(part.label | (y < 0), of_label, of_others)
+
+
+def _label_loss(_: Terms, results: Terms) -> Function:
+    letters, sums, finish = "s" * sum(results), 2 + results[1], partial(_loss_rows, results)
+    return Function("xy", letters, sums, _collect_losses, _rescale_losses, finish, stats="p")
+
+
+def _label_loss_and_gradient(terms: Terms, results: Terms) -> Function:
+    return Function(
+        "xy" + "r" * sum(terms),
+        "s" * sum(results) + "o",
+        2 + results[1],
+        _collect_losses,
+        _rescale_losses,
+        partial(_loss_gradient_rows, terms, results),
+        _loss_gradient,
+        keeps=True,
+        stats="p",
+    )
 
 
 # The loss of probabilities
@@ -300,6 +326,7 @@ def _expected_gradient(part: Part, threshold: Row, of_dominant: Row, mean: Row, 
     return jnp.where(a == 0.0, 0.0, a * gradient)
 
 
+LABEL_FUNCTIONS = {"label_loss": _label_loss, "label_loss_and_gradient": _label_loss_and_gradient}
 FUNCTIONS = {
     "softmax": Function("x", "o", 1, _collect_total, _rescale_total, _softmax_rows, _softmax, keeps=True),
     "log_softmax": Function("x", "o", 2, _collect_others, _rescale_others, _log_softmax_rows, _log_softmax),
@@ -312,18 +339,8 @@ FUNCTIONS = {
     "log_softmax_pullback": Function(
         "xt", "o", 4, _collect_cotangents, _rescale_cotangents, _cotangent_rows, _log_softmax_cotangent, keeps=True
     ),
-    "label_loss": Function("xy", "sss", 3, _collect_losses, _rescale_losses, _loss_rows, stats="p"),
-    "label_loss_and_gradient": Function(
-        "xyrrr",
-        "ssso",
-        3,
-        _collect_losses,
-        _rescale_losses,
-        _loss_gradient_rows,
-        _loss_gradient,
-        keeps=True,
-        stats="p",
-    ),
+    "label_loss": _label_loss(ALL, ALL),
+    "label_loss_and_gradient": _label_loss_and_gradient(ALL, ALL),
     "expected_loss": Function("xt", "s", 4, _collect_expected, _rescale_expected, _expected_rows, stats="sp"),
     "expected_loss_and_gradient": Function(
         "xtr",

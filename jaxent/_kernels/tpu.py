@@ -16,6 +16,7 @@ from jax.typing import DTypeLike
 
 from .._class_axis import ClassAxis
 from . import chip, lower_in_place, tpu_columns, tpu_lanes, tpu_long
+from .label_sums import ALL, Terms
 from .rows import function_of
 from .rows import refusal as refusal_of_any
 from .tpu_parts import LANES, SUBLANES
@@ -87,8 +88,8 @@ class _Form(NamedTuple):
         return order, self.shape[:classes] + self.shape[classes + 1 :]
 
 
-def _form(name: str, arrays: Any, axis: int, dtype: DTypeLike) -> _Form:
-    function = function_of(name, False)
+def _form(name: str, arrays: Any, axis: int, dtype: DTypeLike, terms: Terms = ALL) -> _Form:
+    function = function_of(name, False, terms)
     read = sum(a.dtype.itemsize for a, kind in zip(arrays, function.arguments, strict=True) if kind in "xt")
     written = jnp.dtype(dtype).itemsize * ("o" in function.results)
     shape, classes = _squeezed(arrays[0].shape, axis)
@@ -116,10 +117,11 @@ def _function(name: str) -> Callable[..., Any]:
         axis: ClassAxis,
         dtype: DTypeLike = jnp.float32,
         stats: bool = False,
+        terms: Terms = ALL,
         in_place: bool = False,
     ) -> Any:
-        function, shape, classes = function_of(name, stats), arrays[0].shape, axis.size(arrays[0])
-        form = _form(name, arrays, axis.index, dtype)
+        function, shape, classes = function_of(name, stats, terms), arrays[0].shape, axis.size(arrays[0])
+        form = _form(name, arrays, axis.index, dtype, terms)
 
         def as_seen(x: jax.Array, kind: str) -> jax.Array:
             narrowed = kind == "y" and x.dtype != jnp.int32
@@ -148,9 +150,17 @@ def refusal(_: str, x: Any, *others: Any, axis: ClassAxis, dtype: DTypeLike = jn
     return refusal_of_any(("float32", "bfloat16"), x, *others, dtype=dtype)
 
 
-def unasked(name: str, x: Any, *others: Any, axis: ClassAxis, dtype: DTypeLike = jnp.float32, **_: Any) -> str | None:
+def unasked(
+    name: str,
+    x: Any,
+    *others: Any,
+    axis: ClassAxis,
+    dtype: DTypeLike = jnp.float32,
+    terms: Terms = ALL,
+    **_: Any,
+) -> str | None:
     """Why it is XLA that computes what it could, unless somebody asks: by the bytes that are moved."""
-    form = _form(name, (x, *others), axis.index, dtype)
+    form = _form(name, (x, *others), axis.index, dtype, terms)
     across_lanes = form.axis == len(form.order) - 1
     if across_lanes and form.order[-1] != _sides(form.shape)[1]:
         return "rows lie across sublanes and lanes, and do not fit fast memory so"

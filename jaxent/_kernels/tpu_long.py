@@ -221,8 +221,8 @@ def call(
 def _coefficients(function: Function, shape: tuple[int, ...]) -> int:
     """How many there are, or 1."""
 
-    def found(*given: jax.Array) -> Any:
-        return function.finish(Rows(given[0], 1, given), *[given[0]] * function.sums)[1]
+    def found(m: jax.Array, *given: jax.Array) -> Any:
+        return function.finish(Rows(m, 1, given), *[m] * function.sums)[1]
 
-    number = jax.ShapeDtypeStruct(shape, jnp.float32)
-    return max(1, len(jax.eval_shape(found, *[number] * 4)))
+    given = sum(kind in "yr" for kind in function.arguments)
+    return max(1, len(jax.eval_shape(found, *[jax.ShapeDtypeStruct(shape, jnp.float32)] * (1 + given))))

@@ -16,7 +16,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Integer
 
 from .._class_axis import ClassAxis
-from .label_sums import LabelSums, label_gradient, label_rows
+from .label_sums import ALL, LabelSums, Terms, in_place_of, label_gradient, label_rows, of_terms, results_of
 
 Logits = Float[Array, "..."]
 Row = Float[Array, "..."]
@@ -62,36 +62,38 @@ def log_softmax_pullback(x: Logits, g: Logits, *, axis: ClassAxis, dtype: DTypeL
     return jnp.where(r.e > _threshold(total), of_dominant, every).astype(dtype)
 
 
-def label_loss(x: Logits, y: Integer[Array, "..."], *, axis: ClassAxis, stats: bool = False) -> tuple[Row, ...]:
+def label_loss(
+    x: Logits, y: Integer[Array, "..."], *, axis: ClassAxis, stats: bool = False, terms: Terms = ALL
+) -> tuple[Row, ...]:
     r"""Of each row $-\log p_y$, the mean of $-\log p_k$ over all classes, and $\log \sum_k \exp x_k$.
 
-    A label below 0 stands for none: zeros. One that is too large gives NaN. With `stats` also the first class whose
-    logit is $m$, or any number if there is none.
+    Those of `terms`. A label below 0 stands for none: zeros. One that is too large gives NaN. With `stats` the first
+    and the last are results, and so is the first class whose logit is $m$, or any number if there is none.
     """
     sums, _, _, largest = _label_sums(x, y, axis)
-    return *label_rows(sums, y, axis=axis), *((_first(largest, axis),) if stats else ())
+    losses = of_terms(label_rows(sums, y, axis=axis), results_of(terms, stats))
+    return *losses, *((_first(largest, axis),) if stats else ())
 
 
 def label_loss_and_gradient(
     x: Logits,
     y: Integer[Array, "..."],
-    a: Row,
-    u: Row,
-    z: Row,
-    *,
+    *factors: Row,
     axis: ClassAxis,
     dtype: DTypeLike,
     stats: bool = False,
+    terms: Terms = ALL,
 ) -> tuple[Array, ...]:
     r"""`label_loss`, $(l, \bar l, s)$, and the gradient of $a l + u \bar l + z s^2$; then its `stats`.
 
     That is $(a + u + 2 z s) p_k - u / C$ for all classes but the label, which has $-a$ more: together $-a$ times the
-    probability of the others. It is 0 where all of $a$, $u$ and $z$ are, whatever the logits.
+    probability of the others. It is 0 where all of $a$, $u$ and $z$ are, whatever the logits. There is a factor for
+    each of `terms`; the others are 0.
     """
     sums, label, e, largest = _label_sums(x, y, axis)
-    gradient = label_gradient(sums, label, e, y, a, u, z, axis=axis)
-    known = (_first(largest, axis),) if stats else ()
-    return *label_rows(sums, y, axis=axis), gradient.astype(dtype), *known
+    gradient = label_gradient(sums, label, e, y, *in_place_of(factors, terms), axis=axis)
+    losses = of_terms(label_rows(sums, y, axis=axis), results_of(terms, stats))
+    return *losses, gradient.astype(dtype), *((_first(largest, axis),) if stats else ())
 
 
 def expected_loss(x: Logits, q: Logits, *, axis: ClassAxis, stats: bool = False) -> tuple[Row, ...]:

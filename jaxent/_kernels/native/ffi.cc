@@ -77,14 +77,22 @@ class Pool final : public Threads {
 };
 
 // A letter for each argument and result, those of stats where they are asked for. x: logits, t: of their shape, y:
-// labels, f: factors of rows; o: of the logits' shape, r: of the rows', p: classes of rows.
+// labels, f: factors of rows; o: of the logits' shape, r: of the rows', p: classes of rows. Of factors and of rows'
+// results there are those that a mask has.
 struct Signature {
   std::string_view name, arguments, results;
   Function function;
   std::string_view stats = "";
-
-  char result(size_t i) const { return i < results.size() ? results[i] : stats[i - results.size()]; }
 };
+
+constexpr int64_t kOfStats = 1 | 4;  // of a label's losses
+
+size_t count(std::string_view letters, char masked, int64_t mask) {
+  size_t n = 0;
+  int i = 0;
+  for (const char letter : letters) n += letter != masked || (mask >> i++ & 1);
+  return n;
+}
 
 constexpr Signature kSignatures[] = {
     {"softmax", "x", "o", Function::softmax},
@@ -155,7 +163,7 @@ const Level& level() {
 }
 
 ffi::Error call(ffi::ThreadPool pool, ffi::RemainingArgs arguments, ffi::RemainingRets results,
-                std::string_view function, int64_t axis) {
+                std::string_view function, int64_t axis, int64_t terms) {
   const auto wrong = [&](const std::string& what) {
     return ffi::Error::InvalidArgument("jaxent's " + std::string(function) + ": " + what);
   };
@@ -163,10 +171,14 @@ ffi::Error call(ffi::ThreadPool pool, ffi::RemainingArgs arguments, ffi::Remaini
   for (const Signature& s : kSignatures)
     if (s.name == function) signature = &s;
   if (!signature) return wrong("there is no such function");
-  const size_t stats = results.size() - signature->results.size();
-  if (arguments.size() != signature->arguments.size() || (stats != 0 && stats != signature->stats.size()))
-    return wrong("expected " + std::to_string(signature->arguments.size()) + " arguments and " +
-                 std::to_string(signature->results.size()) + " results");
+  const size_t expected_arguments = count(signature->arguments, 'f', terms);
+  const size_t expected_results = count(signature->results, 'r', terms);
+  const bool stats = results.size() != expected_results;
+  const int64_t losses = stats ? terms | kOfStats : terms;
+  if (arguments.size() != expected_arguments ||
+      (stats && results.size() != count(signature->results, 'r', losses) + signature->stats.size()))
+    return wrong("expected " + std::to_string(expected_arguments) + " arguments and " +
+                 std::to_string(expected_results) + " results");
 
   const auto x = arguments.get<ffi::AnyBuffer>(0);
   auto out = results.get<ffi::AnyBuffer>(0);
@@ -175,17 +187,21 @@ ffi::Error call(ffi::ThreadPool pool, ffi::RemainingArgs arguments, ffi::Remaini
   if (axis < 0 || axis >= (int64_t)shape.size()) return wrong("the logits have no such axis");
   Call c = {};
   c.function = signature->function;
+  const bool own = !(losses & 2);
+  if (own && c.function == Function::label_loss) c.function = Function::own_label_loss;
+  if (own && c.function == Function::label_loss_and_gradient) c.function = Function::own_label_loss_and_gradient;
   c.outer = c.inner = 1;
   for (int64_t i = 0; i < axis; i++) c.outer *= shape[i];
   c.classes = shape[axis];
   for (size_t i = axis + 1; i < shape.size(); i++) c.inner *= shape[i];
 
   int factors = 0, rows = 0;
-  for (size_t i = 0; i < signature->arguments.size(); i++) {
+  size_t i = 0;
+  for (const char kind : signature->arguments) {
+    if (kind == 'f' && !(terms >> factors++ & 1)) continue;
     const auto a = arguments.get<ffi::AnyBuffer>(i);
-    const char kind = signature->arguments[i];
     const bool of_rows = kind == 'y' || kind == 'f';
-    const std::string name = "argument " + std::to_string(i);
+    const std::string name = "argument " + std::to_string(i++);
     if (!a) return wrong(name + " is no array");
     if (!fits(a->dimensions(), shape, axis, of_rows)) return wrong(name + " has the wrong shape");
     const char* p = (const char*)a->untyped_data();
@@ -194,14 +210,15 @@ ffi::Error call(ffi::ThreadPool pool, ffi::RemainingArgs arguments, ffi::Remaini
     if (kind == 'x') known = read_type(dtype, c.x_type), c.x = p;
     if (kind == 't') known = read_type(dtype, c.t_type), c.t = p;
     if (kind == 'y') known = dtype == ffi::DataType::S32, c.label = (const int32_t*)p;
-    if (kind == 'f') known = dtype == ffi::DataType::F32, c.factors[factors++] = (const float*)p;
+    if (kind == 'f') known = dtype == ffi::DataType::F32, c.factors[factors - 1] = (const float*)p;
     if (!known) return wrong(name + " has the wrong dtype");
   }
-  for (size_t i = 0; i < results.size(); i++) {
+  i = 0;
+  for (const char kind : std::string(signature->results) + std::string(stats ? signature->stats : "")) {
+    if (kind == 'r' && !(losses >> rows++ & 1)) continue;
     auto r = results.get<ffi::AnyBuffer>(i);
-    const char kind = signature->result(i);
     const bool of_rows = kind == 'r' || kind == 'p';
-    const std::string name = "result " + std::to_string(i);
+    const std::string name = "result " + std::to_string(i++);
     if (!r) return wrong(name + " is no array");
     if (!fits((*r)->dimensions(), shape, axis, of_rows)) return wrong(name + " has the wrong shape");
     char* p = (char*)(*r)->untyped_data();
@@ -211,7 +228,7 @@ ffi::Error call(ffi::ThreadPool pool, ffi::RemainingArgs arguments, ffi::Remaini
       if (kind == 'p')
         c.largest = (int32_t*)p;
       else
-        c.rows[rows++] = (float*)p;
+        c.rows[rows - 1] = (float*)p;
     } else {
       if (!read_type((*r)->element_type(), c.out_type)) return wrong(name + " has the wrong dtype");
       c.out = p;
@@ -233,7 +250,8 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxent_rows, call,
                                   .RemainingArgs()
                                   .RemainingRets()
                                   .Attr<std::string_view>("function")
-                                  .Attr<int64_t>("axis"));
+                                  .Attr<int64_t>("axis")
+                                  .Attr<int64_t>("terms"));
 extern "C" const char* jaxent_level() { return level().name; }
 extern "C" const char* jaxent_sources() { return JAXENT_SOURCES; }  // a hash: is this library compiled from them?
 #pragma GCC visibility pop

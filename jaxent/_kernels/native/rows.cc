@@ -23,7 +23,8 @@ constexpr bool is_derivative(Function f) {
   return f == Function::softmax_derivative || f == Function::log_softmax_derivative;
 }
 constexpr bool is_label(Function f) {
-  return f == Function::label_loss || f == Function::label_loss_and_gradient;
+  return f == Function::label_loss || f == Function::label_loss_and_gradient || f == Function::own_label_loss ||
+         f == Function::own_label_loss_and_gradient;
 }
 constexpr bool is_expected(Function f) {
   return f == Function::expected_loss || f == Function::expected_loss_and_gradient;
@@ -31,7 +32,12 @@ constexpr bool is_expected(Function f) {
 constexpr bool has_tangents(Function f) {
   return is_derivative(f) || f == Function::log_softmax_pullback || is_expected(f);
 }
-constexpr bool writes(Function f) { return f != Function::label_loss && f != Function::expected_loss; }
+constexpr bool has_gaps(Function f) {
+  return f == Function::label_loss || f == Function::label_loss_and_gradient || is_expected(f);
+}
+constexpr bool writes(Function f) {
+  return f != Function::label_loss && f != Function::own_label_loss && f != Function::expected_loss;
+}
 
 // What has been added up. The largest logits, for which exp(x - m) is 1, are counted instead: many small terms beside
 // them would be rounded away.
@@ -56,7 +62,7 @@ template <Function f>
 inline void raise(State& s, V m) {
   const I rose = m > s.m;
   const V r = exp(s.m - m);
-  if constexpr (is_label(f) || is_expected(f)) {
+  if constexpr (has_gaps(f)) {
     const V mass = s.at_largest + s.at_others;
     s.gaps += mass == 0.0f ? V{} : mass * (m - s.m);
   }
@@ -83,15 +89,15 @@ inline V add(State& s, V x, V t, I excluded) {
     s.at_largest = largest ? s.at_largest + t : s.at_largest;
     s.at_others = largest ? s.at_others : s.at_others + (is_derivative(f) ? e * t : t);
   }
-  if constexpr (is_label(f)) s.at_others += t;
-  if constexpr (is_label(f) || is_expected(f)) s.gaps -= t == 0.0f ? V{} : t * d;
+  if constexpr (has_gaps(f) && is_label(f)) s.at_others += t;
+  if constexpr (has_gaps(f)) s.gaps -= t == 0.0f ? V{} : t * d;
   return e;
 }
 
 // What `finish` wants to know.
 template <Function f>
 constexpr bool is_wanted(Sum sum) {
-  if (sum == &State::gaps) return is_label(f) || is_expected(f);
+  if (sum == &State::gaps) return has_gaps(f);
   if (sum == &State::at_largest || sum == &State::at_others) return has_tangents(f);
   return true;
 }
@@ -138,7 +144,7 @@ struct Row {
   I largest = {};  // the first class of the largest logit, where it is wanted
   I label;
   V of_label;  // its logit; NaN if there is no such class
-  V factors[3];
+  V factors[3] = {};
   V results[3];
 };
 
@@ -789,6 +795,8 @@ void jaxent::JAXENT_NAME(JAXENT_LEVEL)(const Call& call, Threads& threads) {
     case Function::log_softmax_pullback: return run<Function::log_softmax_pullback>(call, threads);
     case Function::label_loss: return run<Function::label_loss>(call, threads);
     case Function::label_loss_and_gradient: return run<Function::label_loss_and_gradient>(call, threads);
+    case Function::own_label_loss: return run<Function::own_label_loss>(call, threads);
+    case Function::own_label_loss_and_gradient: return run<Function::own_label_loss_and_gradient>(call, threads);
     case Function::expected_loss: return run<Function::expected_loss>(call, threads);
     case Function::place: return place(call, threads);
     case Function::expected_loss_and_gradient: return run<Function::expected_loss_and_gradient>(call, threads);

@@ -13,6 +13,8 @@ enum class Function {
   log_softmax_pullback,
   label_loss,
   label_loss_and_gradient,
+  own_label_loss,  // without the mean over all classes
+  own_label_loss_and_gradient,
   expected_loss,
   expected_loss_and_gradient,
   place,
@@ -29,8 +31,8 @@ struct Call {
   char* out = nullptr;      // of logits' size, where the function has it
   Type x_type, t_type, out_type;
   const int32_t* label = nullptr;
-  const float* factors[3] = {};  // of rows
-  float* rows[3] = {};           // results of rows
+  const float* factors[3] = {};  // of rows, null for those that are 0
+  float* rows[3] = {};           // results of rows, where they are wanted
   int32_t* largest = nullptr;    // the first class of each row's largest logit, where it is wanted
 };
 
