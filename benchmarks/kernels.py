@@ -56,11 +56,21 @@ class Case(NamedTuple):
     dtype: str
 
     @property
+    def options(self) -> dict[str, Any]:
+        """Of labels, cross-entropy without smoothing and z-loss."""
+        return {"terms": (True, False, False)} if self.name.startswith("label") else {}
+
+    @property
+    def function(self) -> Any:
+        """What a kernel knows of it."""
+        from jaxent._kernels.rows import function_of
+
+        return function_of(self.name, stats=False, **self.options)
+
+    @property
     def seconds_of_bytes(self) -> float:
         """Reading and writing each array of the logits' shape once."""
-        from jaxent._kernels.rows import FUNCTIONS
-
-        function = FUNCTIONS[self.name]
+        function = self.function
         arrays = sum(kind in "xto" for kind in function.arguments + function.results)
         return arrays * math.prod(self.shape) * (2 if self.dtype == "bfloat16" else 4) / _cost.CHIPS[self.chip].bytes
 
@@ -104,11 +114,10 @@ def compile_kernel(case: Case, options: dict[str, Any]) -> Any:
 
     from jaxent import _kernels
     from jaxent._class_axis import ClassAxis
-    from jaxent._kernels.rows import FUNCTIONS
 
     mesh = compiled.device_of(case.chip)
     sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-    function, axis = FUNCTIONS[case.name], ClassAxis(case.axis)
+    function, axis = case.function, ClassAxis(case.axis)
 
     def argument(kind: str) -> Any:
         of_rows = {"y": "int32", "r": "float32"}.get(kind)
@@ -117,7 +126,7 @@ def compile_kernel(case: Case, options: dict[str, Any]) -> Any:
 
     def run(*arrays: Any) -> Any:
         result = {"dtype": jnp.dtype(case.dtype)} if function.entry else {}
-        return getattr(_kernels, case.name)(*arrays, axis=axis, implementation="pallas", **result)
+        return getattr(_kernels, case.name)(*arrays, axis=axis, implementation="pallas", **result, **case.options)
 
     with jax.set_mesh(mesh):
         return jax.jit(run).lower(*map(argument, function.arguments)).compile(compiler_options=options)
