@@ -615,10 +615,11 @@ void read_tile(Tile<lanes>& tile, const Call& call, const char* p, Type type, in
     if (n < lanes) std::memset(tile.entries, 0, classes * sizeof tile.entries[0]);
     for (int64_t k = 0; k < classes; k++) widen(type, p + k * call.inner * size, tile.entries[k], n);
   } else {
-    // Rows of few classes lie side by side, so that a vector may have the next one's first classes too.
+    // Rows of few classes lie side by side, so that a vector may have the next one's first classes too, unless another
+    // thread is about to write over these.
     float scratch[W * kFew + W];
     const float* from = scratch;
-    if (type == Type::f32 && (call.outer - first) * classes >= W * classes + W) {
+    if (type == Type::f32 && call.x != call.out && (call.outer - first) * classes >= W * classes + W) {
       from = (const float*)p;
     } else {
       std::memset(scratch + n * classes, 0, ((W - n) * classes + W) * sizeof(float));

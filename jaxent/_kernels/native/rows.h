@@ -28,7 +28,7 @@ struct Call {
   int64_t outer, classes, inner;
   const char* x;            // the logits
   const char* t = nullptr;  // tangents, cotangents or probabilities, where the function has them
-  char* out = nullptr;      // of logits' size, where the function has it
+  char* out = nullptr;      // of logits' size, where the function has it; maybe the logits themselves
   Type x_type, t_type, out_type;
   const int32_t* label = nullptr;
   const float* factors[3] = {};  // of rows, null for those that are 0
