@@ -44,6 +44,8 @@ DTYPES = ["float32", "bfloat16"]
 WORKS = ["forward", "value_and_grad"]
 SMOOTHING = 0.1
 LARGE = 2**24  # bytes of logits
+CORES = len(os.sched_getaffinity(0))
+POOL = ThreadPoolExecutor(CORES)
 F = torch.nn.functional
 
 Loss = Callable[..., Any]
@@ -236,21 +238,19 @@ def prepare(cell: Cell, compiled: Iterable[Shape] = ()) -> Prepared:
 
 def limit_of(arrays: list[np.ndarray], results: int) -> Call:
     """Touch what must be touched, and nothing else."""
-    cores = len(os.sched_getaffinity(0))
-    pool = ThreadPoolExecutor(cores)
 
-    def cut(x: Any) -> list[np.ndarray]:
-        return np.array_split(np.frombuffer(x, np.uint32), cores)
+    def cut(x: Any, like: np.ndarray) -> list[np.ndarray]:
+        return np.array_split(np.frombuffer(x, f"u{like.itemsize}"), CORES)
 
-    views = [cut(x.reshape(-1).view(np.uint32)) for x in arrays]
+    views = [cut(x, x) for x in arrays]
 
     def call() -> None:
         for view in views[results:]:
-            list(pool.map(np.max, view))
+            list(POOL.map(np.max, view))
         for x, view in zip(arrays, views[:results], strict=False):
             fresh = mmap.mmap(-1, x.nbytes, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
             fresh.madvise(mmap.MADV_HUGEPAGE)
-            list(pool.map(np.copyto, cut(fresh), view))
+            list(POOL.map(np.copyto, cut(fresh, x), view))
 
     return call
 

@@ -12,6 +12,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from . import _kernels as kernels
+from ._kernels.label_sums import OWN
 from ._label_loss import How, Parts, Row, is_easily_underflown, is_perturbed, unmoved
 from ._linear import inner, linear, times
 from ._nll import expected_nll
@@ -41,7 +42,7 @@ def _expected(how: How, stats: bool, summed: bool, x: Logits, q: Logits, s: Row)
         return _losses(how, stats, summed, x, s, q)
     # Split classes have no kernels; the plain form of label_loss knows what is missing.
     fixed, q_fixed = jax.lax.stop_gradient((x, q))
-    _, _, *known = kernels.label_loss(fixed, jnp.zeros(s.shape, jnp.int32), stats=True, **how._asdict())
+    _, *known = kernels.label_loss(fixed, jnp.zeros(s.shape, jnp.int32), stats=True, terms=OWN, **how._asdict())
     losses = _linear_in_q(how, False, fixed, q_fixed, jnp.ones_like(s))
     return _linear_in_q(how, summed, x, q, s), (losses, *known)
 

@@ -18,14 +18,13 @@ from jaxtyping import Array, Float, Integer
 from . import _kernels as kernels
 from ._check import Implementation
 from ._class_axis import ClassAxis
-from ._kernels.label_sums import ALL, Terms, in_place_of, of_terms, results_of
+from ._kernels.label_sums import ALL, OWN, Terms, all_three, of_terms, results_of
 from ._linear import inner, linear, times
 from ._softmax import add, probabilities, sum_possible
 
 Row = Float[Array, "..."]
 Label = Integer[Array, "..."]
 Parts = tuple[Any, ...]  # the three losses of rows, None for those that nobody wants; with stats more
-_OWN: Terms = (True, False, False)
 
 
 class How(NamedTuple):
@@ -78,12 +77,12 @@ def label_losses(
 @partial(label_losses.defjvp, symbolic_zeros=True)
 def _label_losses_jvp(how: How, stats: bool, primals: Any, tangents: Any) -> tuple[Any, Any]:
     (x, y, factors), (x_dot, _, factors_dot) = primals, tangents
-    terms = _along_factors(y, label_parts(how, x, y, stats=stats, terms=factors.terms), factors_dot)
+    moving = _along_factors(y, label_parts(how, x, y, stats=stats, terms=factors.terms), factors_dot)
     if is_perturbed(x_dot):
         along = _linear_in_x(how, factors.terms, x, y, factors.given(y), x_dot)
-        terms.append(how.axis.total(along))
+        moving.append(how.axis.total(along))
     losses, parts = label_losses(how, stats, *primals)
-    return (losses, parts), (add(terms), unmoved(parts))
+    return (losses, parts), (add(moving), unmoved(parts))
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0, 1))
@@ -102,8 +101,8 @@ def _label_total_jvp(how: How, stats: bool, primals: Any, tangents: Any) -> tupl
         (losses, parts), (along, unmoving) = _label_losses_jvp(how, stats, primals, tangents)
         return (jnp.sum(losses), parts), (jnp.sum(along), unmoving)
     parts, gradient = label_pass(how, x.dtype, x, y, *factors.given(y), stats=stats, terms=factors.terms)
-    terms = [jnp.sum(term) for term in _along_factors(y, parts, factors_dot)]
-    along = add([*terms, how.axis.total(inner(gradient, x_dot))])
+    moving = [jnp.sum(along) for along in _along_factors(y, parts, factors_dot)]
+    along = add([*moving, how.axis.total(inner(gradient, x_dot))])
     known = parts if stats else None
     return (jnp.sum(mixed(y, parts, factors)), known), (along, unmoved(known))
 
@@ -134,12 +133,12 @@ def mixed(y: Label, parts: Any, factors: Factors) -> Row:
     """The mixture of the three losses of each row."""
     loss, uniform, lse = parts[:3]
     a, u, z = (None if x is None else jnp.broadcast_to(x, y.shape) for x in factors)
-    terms = [] if a is None else [times(a, loss)]
+    mixture = [] if a is None else [times(a, loss)]
     if u is not None:
-        terms.append(times(u, uniform))
+        mixture.append(times(u, uniform))
     if z is not None:
-        terms.append(times(z, lse**2))
-    return jnp.where(y < 0, 0.0, add(terms))
+        mixture.append(times(z, lse**2))
+    return jnp.where(y < 0, 0.0, add(mixture))
 
 
 def _along_factors(y: Label, parts: Any, factors_dot: Factors) -> list[Row]:
@@ -147,11 +146,11 @@ def _along_factors(y: Label, parts: Any, factors_dot: Factors) -> list[Row]:
     return [mixed(y, parts, moving)] if any(t is not None for t in moving) else []
 
 
-def label_parts(how: How, x: Float[Array, "..."], y: Label, *, stats: bool = False, terms: Terms = ALL) -> Parts:
+def label_parts(how: How, x: Float[Array, "..."], y: Label, *, stats: bool, terms: Terms) -> Parts:
     """The three losses of each row, None for those that are neither terms nor stats."""
     out = kernels.as_tuple(kernels.label_loss(x, y, stats=stats, terms=terms, **how._asdict()))
     losses = results_of(terms, stats)
-    return *in_place_of(out[: sum(losses)], losses), *out[sum(losses) :]
+    return *all_three(out[: sum(losses)], losses), *out[sum(losses) :]
 
 
 def label_pass(
@@ -161,13 +160,13 @@ def label_pass(
     y: Label,
     *factors: Row,
     stats: bool = False,
-    terms: Terms = ALL,
+    terms: Terms,
 ) -> tuple[Parts, Float[Array, "..."]]:
     """The losses as of `label_parts`, and the gradient of their mixture in `dtype`, with a factor for each term."""
     out = kernels.label_loss_and_gradient(x, y, *factors, dtype=dtype, stats=stats, terms=terms, **how._asdict())
     losses = results_of(terms, stats)
     some, (gradient, *known) = out[: sum(losses)], out[sum(losses) :]
-    return (*in_place_of(some, losses), *known), gradient
+    return (*all_three(some, losses), *known), gradient
 
 
 def _linear_in_x(how: How, terms: Terms, x: Array, y: Label, factors: tuple[Row, ...], t: Array) -> Row:
@@ -201,7 +200,7 @@ def _label_loss_jvp(
 def _along_rows(how: How, x: Array, y: Label, t: Array, losses: Terms) -> tuple[Row | None, Row | None, Row | None]:
     """The derivatives of these losses."""
     axis, dtype, counts = how.axis, kernels.compute_dtype(x.dtype), y >= 0
-    of_loss = axis.total(_linear_in_x(how, _OWN, x, y, (jnp.ones(y.shape, dtype),), t)) if losses[0] else None
+    of_loss = axis.total(_linear_in_x(how, OWN, x, y, (jnp.ones(y.shape, dtype),), t)) if losses[0] else None
     if not (losses[1] or losses[2]):
         return of_loss, None, None
     t = t.astype(dtype)
@@ -231,17 +230,17 @@ def _label_pass_jvp(
     one, moved = jnp.ones_like(factors[0]), (jnp.zeros_like(factors[0]),) * sum(losses)
     counted = jnp.where(reduce(and_, (factor == 0.0 for factor in factors)), -1, y)  # as in the gradient
     moving = []
-    for i, factor_dot in enumerate(in_place_of(factors_dot, terms)):  # the gradient is linear in the factors
+    for i, factor_dot in enumerate(all_three(factors_dot, terms)):  # the gradient is linear in the factors
         if factor_dot is not None:
-            only: Any = tuple(i == j for j in range(3))
+            only = i == 0, i == 1, i == 2
             unit = label_pass(How(**how), one.dtype, x, y, one, terms=only)[1]
             moving.append(times(jnp.broadcast_to(axis.expand(factor_dot), x.shape), unit).astype(dtype))
     if x_dot is not None:
         # Labels are constant, smoothed or not, so the gradient moves as softmax does; the z-loss curves it, too.
         moved = of_terms(_along_rows(How(**how), x, y, x_dot, losses), losses)
         p, dp = probabilities(_shown(x, counted, axis), x_dot, **how)
-        a, u, z = in_place_of(factors, terms)
-        of_z = None if z is None else 2.0 * z * in_place_of(out[: sum(losses)], losses)[2]
+        a, u, z = all_three(factors, terms)
+        of_z = None if z is None else 2.0 * z * all_three(out[: sum(losses)], losses)[2]
         curved = axis.expand(add([factor for factor in (a, u, of_z) if factor is not None])) * dp
         if z is not None:
             curved += axis.expand(2.0 * z) * _square(axis, p, x_dot.astype(p.dtype))

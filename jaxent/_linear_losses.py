@@ -444,9 +444,13 @@ _Way = Literal["differentiable", "tiles", "logits", "fused", "scaled"]
 def _sweep_in_caches(
     options: Options, wanted: _Wanted, arrays: Arrays, scale: Array | None, counts: _Live
 ) -> tuple[Float[Array, "tokens ..."], _Known | None, _Gradients]:
-    # Whether kernels will serve, as nearly as can be known here: nothing but memory depends on it.
-    losses = options.softcap is None and not options.entropy and options.divergence is None
-    in_place = losses and unseen_parts(arrays.hidden) == 1 and not options.classes.names and are_native()
+    # Whether a kernel will serve, and be alone, as nearly as can be known here: nothing but memory depends on it.
+    smoothed = arrays.added.uniform is not None and arrays.weight is not None
+    one_pass = jnp.issubdtype(arrays.labels.dtype, jnp.integer) and not (
+        smoothed or options.softcap or options.entropy
+    )
+    known = unseen_parts(arrays.hidden) == 1 and not options.classes.names and _compute_dtype(arrays) == jnp.float32
+    in_place = one_pass and options.divergence is None and known and are_native()
     chunks = _small_chunks(options, arrays, counts, skip=True, in_place=in_place)
     return _loop(options, "tiles", chunks, wanted, arrays, scale)
 

@@ -190,9 +190,13 @@ def lower_in_place(
     Whoever reads them as well does so before, or XLA makes a copy.
     """
     in_place = _made_here(x) and getattr(context.avals_in[0], "dtype", None) == dtype
+    for use in x.uses if in_place else ():
+        if _ALIASES in use.owner.attributes:  # of two that want to write over them, one would be given a copy
+            use.owner.attributes[_ALIASES], in_place = mlir.ir.ArrayAttr.get([]), False
     return lower_kernel(kernel, context, x, *others, dtype=dtype, in_place=in_place, **options)
 
 
+_ALIASES = "output_operand_aliases"  # of a call, what is written over
 _SAME = ("reshape", "transpose", "broadcast_in_dim", "optimization_barrier")  # numbers, if there are as many
 
 
@@ -219,7 +223,8 @@ def module_of(name: str) -> Any:
 
 def are_native() -> bool:
     """Whether programs for the CPU at hand have its own kernels, for what they take."""
-    return jax.default_backend() == "cpu" and module_of(MACHINES["cpu"].module).unavailable() is None
+    native = module_of(MACHINES["cpu"].module) if jax.default_backend() == "cpu" else None
+    return native is not None and native.unavailable() is None
 
 
 def is_old_gpu() -> bool:

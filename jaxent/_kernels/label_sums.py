@@ -16,6 +16,7 @@ Row = Float[Array, "..."]
 # Which of a label's three losses, and of their factors, there are: its own, the mean over all classes, the logsumexp.
 Terms: TypeAlias = tuple[bool, bool, bool]
 ALL: Terms = (True, True, True)
+OWN: Terms = (True, False, False)
 
 
 def of_terms(three: Iterable[Any], terms: Terms) -> tuple[Any, ...]:
@@ -23,11 +24,11 @@ def of_terms(three: Iterable[Any], terms: Terms) -> tuple[Any, ...]:
     return tuple(x for x, there_is in zip(three, terms, strict=True) if there_is)
 
 
-def in_place_of(some: Iterable[Any], terms: Terms) -> tuple[Any, Any, Any]:
-    """All three again, None for what there is not."""
+def all_three(some: Iterable[Any], terms: Terms) -> tuple[Any, Any, Any]:
+    """None for those that there are not."""
     rest = iter(some)
-    one, two, three = (next(rest) if there_is else None for there_is in terms)
-    return one, two, three
+    own, mean, lse = (next(rest) if there_is else None for there_is in terms)
+    return own, mean, lse
 
 
 def results_of(terms: Terms, stats: bool) -> Terms:
@@ -61,7 +62,10 @@ def label_gradient(
     label: Bool[Array, "..."],
     e: Logits,
     y: Integer[Array, "..."],
-    *factors: Row | None,
+    a: Row | None,
+    u: Row | None,
+    z: Row | None,
+    *,
     axis: ClassAxis,
     classes: int | None = None,
 ) -> Logits:
@@ -70,11 +74,11 @@ def label_gradient(
     Or of some classes, if it is said how many there are.
     """
     lse = axis.expand(label_rows(sums, y, axis=axis)[2])
-    a, u, z = (0.0 if factor is None else axis.expand(factor) for factor in factors)
+    of_label, of_all, of_lse = (0.0 if factor is None else axis.expand(factor) for factor in (a, u, z))
     own, others = jnp.exp(sums.d), sums.others
-    total, shared = others + own, u if factors[2] is None else u + 2.0 * z * lse
-    gradient = jnp.where(label, shared * (own / total) - a * (others / total), e / total * (a + shared))
-    if factors[1] is not None:
-        gradient -= u / max(classes or axis.size(e), 1)
-    nothing = reduce(and_, (axis.expand(factor == 0.0) for factor in factors if factor is not None))
-    return jnp.where(axis.expand(y < 0) | nothing, 0.0, gradient)
+    total, shared = others + own, of_all if z is None else of_all + 2.0 * of_lse * lse
+    gradient = jnp.where(label, shared * (own / total) - of_label * (others / total), e / total * (of_label + shared))
+    if u is not None:
+        gradient -= of_all / max(classes or axis.size(e), 1)
+    nothing = reduce(and_, (factor == 0.0 for factor in (a, u, z) if factor is not None))
+    return jnp.where(axis.expand((y < 0) | nothing), 0.0, gradient)

@@ -19,10 +19,9 @@ from jax.typing import DTypeLike
 
 from .._class_axis import ClassAxis
 from . import lower_in_place, lower_kernel
-from .label_sums import ALL, Terms, results_of
+from .label_sums import ALL, OWN, Terms, results_of
 
 TARGET = "jaxent_rows"
-_OWN: Terms = (True, False, False)
 LIBRARY = Path(__file__).parent / "native" / "libjaxent.so"
 
 
@@ -72,7 +71,7 @@ def _row_function(name: str, results: str, of_stats: str = "") -> Callable[..., 
         shape = arrays[0].shape
         row, label = (jax.ShapeDtypeStruct(axis.rows(shape), kind) for kind in (jnp.float32, jnp.int32))
         kinds = {"r": row, "p": label, "o": jax.ShapeDtypeStruct(shape, dtype)}
-        letters = (results + of_stats * stats).replace("l", "r" * sum(results_of(terms, stats)))
+        letters = results.replace("l", "r" * sum(results_of(terms, stats))) + (of_stats if stats else "")
         out = tuple(kinds[kind] for kind in letters)
         return _call(name, out, arrays, axis, terms, {0: letters.index("o")} if in_place else None)
 
@@ -137,7 +136,7 @@ def _lower_pick(context: mlir.LoweringRuleContext, log_p: Any, y: Any, *, axis: 
         return lower_kernel(pick, context, log_p, y, axis=axis)
 
     def loss(x: jax.Array, y: jax.Array) -> jax.Array:
-        return label_loss(x, y, axis=axis, terms=_OWN)[0]
+        return label_loss(x, y, axis=axis, terms=OWN)[0]
 
     return _lower_of(context, loss, made_of[0], y)
 
@@ -148,7 +147,7 @@ def _lower_pullback(context: mlir.LoweringRuleContext, x: Any, g: Any, *, axis: 
         return lower_kernel(log_softmax_pullback, context, x, g, axis=axis, dtype=dtype)
 
     def loss_and_gradient(x: jax.Array, g: jax.Array, y: jax.Array) -> tuple[jax.Array, ...]:
-        return label_loss_and_gradient(x, y, g, axis=axis, dtype=dtype, terms=_OWN)
+        return label_loss_and_gradient(x, y, g, axis=axis, dtype=dtype, terms=OWN)
 
     loss, gradient = _lower_of(context, loss_and_gradient, x, *made_of)
     _give_loss_of(x, made_of[1], axis, loss)
@@ -160,8 +159,8 @@ def _give_loss_of(x: Any, y: Any, axis: ClassAxis, loss: Any) -> None:
 
     The earlier one is then made for nobody, and the logits are read once. Not where the later call needs its results.
     """
-    earlier = [use.owner for use in x.uses if _arguments("label_loss", use.owner, axis, _OWN) == (x, y)]
-    if len(earlier) != 1:
+    earlier = [use.owner for use in x.uses if _arguments("label_loss", use.owner, axis, OWN) == (x, y)]
+    if len(earlier) != 1 or len(earlier[0].results) != 1:
         return
     call = loss.owner.operation
     users = _users(earlier[0], call.block)

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float
 
-from .label_sums import ALL, Terms, in_place_of, of_terms, results_of
+from .label_sums import ALL, Terms, all_three, of_terms, results_of
 
 Entries = Float[Array, "..."]  # of some classes of some rows
 Row = Float[Array, "..."]  # a number for each row, or the same number for all of its entries
@@ -259,11 +259,13 @@ def _loss_rows(results: Terms, rows: Rows, *sums: Row) -> Finished:
 def _loss_gradient_rows(terms: Terms, results: Terms, rows: Rows, others: Row, of_label: Row, *gaps: Row) -> Finished:
     losses, own = _losses(rows, others, of_label, *gaps)
     y, *factors = rows.given
-    a, u, z = (jnp.zeros_like(own) if factor is None else factor for factor in in_place_of(factors, terms))
+    a, u, z = (jnp.zeros_like(own) if factor is None else factor for factor in all_three(factors, terms))
     total, shared = others + own, u + 2.0 * z * losses[2] if terms[2] else u
     y = jnp.where(reduce(and_, (factor == 0.0 for factor in factors)), -1, y)
-    of_label = jnp.where(y < 0, 0.0, (shared * own - a * others) / total - u / rows.classes)
-    return of_terms(losses, results), (y, of_label, (a + shared) / total, *(u / rows.classes,) * terms[1])
+    shift = u / rows.classes
+    of_label = jnp.where(y < 0, 0.0, (shared * own - a * others) / total - shift)
+    coefficients = y, of_label, (a + shared) / total
+    return of_terms(losses, results), (*coefficients, shift) if terms[1] else coefficients
 
 
 def _loss_gradient(part: Part, y: Row, of_label: Row, scale: Row, *shift: Row) -> Entries:

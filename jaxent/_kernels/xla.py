@@ -16,7 +16,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Integer
 
 from .._class_axis import ClassAxis
-from .label_sums import ALL, LabelSums, Terms, in_place_of, label_gradient, label_rows, of_terms, results_of
+from .label_sums import ALL, LabelSums, Terms, all_three, label_gradient, label_rows, of_terms, results_of
 
 Logits = Float[Array, "..."]
 Row = Float[Array, "..."]
@@ -91,7 +91,7 @@ def label_loss_and_gradient(
     each of `terms`; the others are 0.
     """
     sums, label, e, largest = _label_sums(x, y, axis)
-    gradient = label_gradient(sums, label, e, y, *in_place_of(factors, terms), axis=axis)
+    gradient = label_gradient(sums, label, e, y, *all_three(factors, terms), axis=axis)
     losses = of_terms(label_rows(sums, y, axis=axis), results_of(terms, stats))
     return *losses, gradient.astype(dtype), *((_first(largest, axis),) if stats else ())
 

@@ -77,21 +77,29 @@ class Pool final : public Threads {
 };
 
 // A letter for each argument and result, those of stats where they are asked for. x: logits, t: of their shape, y:
-// labels, f: factors of rows; o: of the logits' shape, r: of the rows', p: classes of rows. Of factors and of rows'
-// results there are those that a mask has.
+// labels, f: factors of rows; o: of the logits' shape, r: of the rows', p: classes of rows. Of the three F and of the
+// three R, factors and losses of labels, there are those that a mask has.
 struct Signature {
   std::string_view name, arguments, results;
   Function function;
   std::string_view stats = "";
 };
 
-constexpr int64_t kOfStats = 1 | 4;  // of a label's losses
+constexpr int64_t kAll = 7, kMean = 2, kOfStats = 5;  // losses of labels
 
-size_t count(std::string_view letters, char masked, int64_t mask) {
-  size_t n = 0;
+std::string those(std::string_view letters, char masked, int64_t mask) {
+  std::string found;
   int i = 0;
-  for (const char letter : letters) n += letter != masked || (mask >> i++ & 1);
-  return n;
+  for (const char letter : letters)
+    if (letter != masked || (mask >> i++ & 1)) found += letter;
+  return found;
+}
+
+// Which of the three the next one is.
+int next_of(int64_t mask, int after) {
+  int i = after + 1;
+  while (!(mask >> i & 1)) i++;
+  return i;
 }
 
 constexpr Signature kSignatures[] = {
@@ -100,8 +108,8 @@ constexpr Signature kSignatures[] = {
     {"softmax_derivative", "xt", "o", Function::softmax_derivative},
     {"log_softmax_derivative", "xt", "o", Function::log_softmax_derivative},
     {"log_softmax_pullback", "xt", "o", Function::log_softmax_pullback},
-    {"label_loss", "xy", "rrr", Function::label_loss, "p"},
-    {"label_loss_and_gradient", "xyfff", "rrro", Function::label_loss_and_gradient, "p"},
+    {"label_loss", "xy", "RRR", Function::label_loss, "p"},
+    {"label_loss_and_gradient", "xyFFF", "RRRo", Function::label_loss_and_gradient, "p"},
     {"expected_loss", "xt", "r", Function::expected_loss, "rp"},
     {"expected_loss_and_gradient", "xtf", "ro", Function::expected_loss_and_gradient, "rp"},
     {"place", "fy", "o", Function::place},
@@ -171,14 +179,14 @@ ffi::Error call(ffi::ThreadPool pool, ffi::RemainingArgs arguments, ffi::Remaini
   for (const Signature& s : kSignatures)
     if (s.name == function) signature = &s;
   if (!signature) return wrong("there is no such function");
-  const size_t expected_arguments = count(signature->arguments, 'f', terms);
-  const size_t expected_results = count(signature->results, 'r', terms);
-  const bool stats = results.size() != expected_results;
+  if (terms < 1 || terms > kAll) return wrong("there are no such terms");
+  const std::string given = those(signature->arguments, 'F', terms), wanted = those(signature->results, 'R', terms);
+  const bool stats = results.size() != wanted.size();
   const int64_t losses = stats ? terms | kOfStats : terms;
-  if (arguments.size() != expected_arguments ||
-      (stats && results.size() != count(signature->results, 'r', losses) + signature->stats.size()))
-    return wrong("expected " + std::to_string(expected_arguments) + " arguments and " +
-                 std::to_string(expected_results) + " results");
+  const std::string made = stats ? those(signature->results, 'R', losses) + std::string(signature->stats) : wanted;
+  if (arguments.size() != given.size() || results.size() != made.size())
+    return wrong("expected " + std::to_string(given.size()) + " arguments and " + std::to_string(wanted.size()) +
+                 " results");
 
   const auto x = arguments.get<ffi::AnyBuffer>(0);
   auto out = results.get<ffi::AnyBuffer>(0);
@@ -187,7 +195,7 @@ ffi::Error call(ffi::ThreadPool pool, ffi::RemainingArgs arguments, ffi::Remaini
   if (axis < 0 || axis >= (int64_t)shape.size()) return wrong("the logits have no such axis");
   Call c = {};
   c.function = signature->function;
-  const bool own = !(losses & 2);
+  const bool own = !(losses & kMean);
   if (own && c.function == Function::label_loss) c.function = Function::own_label_loss;
   if (own && c.function == Function::label_loss_and_gradient) c.function = Function::own_label_loss_and_gradient;
   c.outer = c.inner = 1;
@@ -195,13 +203,12 @@ ffi::Error call(ffi::ThreadPool pool, ffi::RemainingArgs arguments, ffi::Remaini
   c.classes = shape[axis];
   for (size_t i = axis + 1; i < shape.size(); i++) c.inner *= shape[i];
 
-  int factors = 0, rows = 0;
-  size_t i = 0;
-  for (const char kind : signature->arguments) {
-    if (kind == 'f' && !(terms >> factors++ & 1)) continue;
+  int factor = -1, row = -1;
+  for (size_t i = 0; i < given.size(); i++) {
     const auto a = arguments.get<ffi::AnyBuffer>(i);
-    const bool of_rows = kind == 'y' || kind == 'f';
-    const std::string name = "argument " + std::to_string(i++);
+    const char kind = given[i];
+    const bool of_rows = kind == 'y' || kind == 'f' || kind == 'F';
+    const std::string name = "argument " + std::to_string(i);
     if (!a) return wrong(name + " is no array");
     if (!fits(a->dimensions(), shape, axis, of_rows)) return wrong(name + " has the wrong shape");
     const char* p = (const char*)a->untyped_data();
@@ -210,15 +217,17 @@ ffi::Error call(ffi::ThreadPool pool, ffi::RemainingArgs arguments, ffi::Remaini
     if (kind == 'x') known = read_type(dtype, c.x_type), c.x = p;
     if (kind == 't') known = read_type(dtype, c.t_type), c.t = p;
     if (kind == 'y') known = dtype == ffi::DataType::S32, c.label = (const int32_t*)p;
-    if (kind == 'f') known = dtype == ffi::DataType::F32, c.factors[factors - 1] = (const float*)p;
+    if (kind == 'f' || kind == 'F') {
+      factor = next_of(kind == 'F' ? terms : kAll, factor);
+      known = dtype == ffi::DataType::F32, c.factors[factor] = (const float*)p;
+    }
     if (!known) return wrong(name + " has the wrong dtype");
   }
-  i = 0;
-  for (const char kind : std::string(signature->results) + std::string(stats ? signature->stats : "")) {
-    if (kind == 'r' && !(losses >> rows++ & 1)) continue;
+  for (size_t i = 0; i < made.size(); i++) {
     auto r = results.get<ffi::AnyBuffer>(i);
-    const bool of_rows = kind == 'r' || kind == 'p';
-    const std::string name = "result " + std::to_string(i++);
+    const char kind = made[i];
+    const bool of_rows = kind == 'r' || kind == 'R' || kind == 'p';
+    const std::string name = "result " + std::to_string(i);
     if (!r) return wrong(name + " is no array");
     if (!fits((*r)->dimensions(), shape, axis, of_rows)) return wrong(name + " has the wrong shape");
     char* p = (char*)(*r)->untyped_data();
@@ -228,7 +237,7 @@ ffi::Error call(ffi::ThreadPool pool, ffi::RemainingArgs arguments, ffi::Remaini
       if (kind == 'p')
         c.largest = (int32_t*)p;
       else
-        c.rows[rows - 1] = (float*)p;
+        row = next_of(kind == 'R' ? losses : kAll, row), c.rows[row] = (float*)p;
     } else {
       if (!read_type((*r)->element_type(), c.out_type)) return wrong(name + " has the wrong dtype");
       c.out = p;

@@ -89,7 +89,7 @@ inline V add(State& s, V x, V t, I excluded) {
     s.at_largest = largest ? s.at_largest + t : s.at_largest;
     s.at_others = largest ? s.at_others : s.at_others + (is_derivative(f) ? e * t : t);
   }
-  if constexpr (has_gaps(f) && is_label(f)) s.at_others += t;
+  if constexpr (has_gaps(f) && is_label(f)) s.at_others += t;  // of all classes, whose number is the mass
   if constexpr (has_gaps(f)) s.gaps -= t == 0.0f ? V{} : t * d;
   return e;
 }
@@ -164,10 +164,10 @@ inline Coefficients finish(const State& s, Row& rows, float classes) {
     const V gap = rows.of_label - s.m, of_label = exp(gap), others = s.ties + s.others;
     const V total = known(s.m, others + of_label);
     const V log_total = log(total, gap == 0.0f ? others - (total - 1.0f) : V{});
-    const V loss = log_total - gap, uniform = log_total + s.gaps / classes, lse = s.m + log_total;
+    const V loss = log_total - gap, lse = s.m + log_total;
     c.none = rows.label < 0;
     rows.results[0] = c.none ? V{} : total == total ? loss : nan;
-    rows.results[1] = c.none ? V{} : total == total ? uniform : nan;
+    if constexpr (has_gaps(f)) rows.results[1] = c.none ? V{} : total == total ? log_total + s.gaps / classes : nan;
     rows.results[2] = c.none ? V{} : total == total ? lse : nan;
     if constexpr (!writes(f)) return c;
     const V a = rows.factors[0], u = rows.factors[1], z = rows.factors[2], shared = u + 2.0f * z * lse;
