@@ -223,7 +223,10 @@ def module_of(name: str) -> Any:
 
 def are_native() -> bool:
     """Whether programs for the CPU at hand have its own kernels, for what they take."""
-    native = module_of(MACHINES["cpu"].module) if jax.default_backend() == "cpu" else None
+    machine = MACHINES["cpu"]
+    if jax.default_backend() != "cpu" or machine.implementation != "native":
+        return False
+    native = module_of(machine.module)
     return native is not None and native.unavailable() is None
 
 
