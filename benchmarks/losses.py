@@ -44,7 +44,7 @@ DTYPES = ["float32", "bfloat16"]
 WORKS = ["forward", "value_and_grad"]
 SMOOTHING = 0.1
 LARGE = 2**24  # bytes of logits
-CORES = len(os.sched_getaffinity(0))
+CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 POOL = ThreadPoolExecutor(CORES)
 F = torch.nn.functional
 
@@ -249,7 +249,8 @@ def limit_of(arrays: list[np.ndarray], results: int) -> Call:
             list(POOL.map(np.max, view))
         for x, view in zip(arrays, views[:results], strict=False):
             fresh = mmap.mmap(-1, x.nbytes, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-            fresh.madvise(mmap.MADV_HUGEPAGE)
+            if hasattr(mmap, "MADV_HUGEPAGE"):  # only Linux has large pages on request
+                fresh.madvise(mmap.MADV_HUGEPAGE)
             list(POOL.map(np.copyto, cut(fresh, x), view))
 
     return call
@@ -385,7 +386,10 @@ def compile_times(args: argparse.Namespace) -> None:
 
 def shapes(text: str) -> list[Shape]:
     """Shapes such as `128x10,512x32000`."""
-    return [tuple(map(int, part.split("x"))) for part in text.split(",") if part]
+    found = [tuple(map(int, part.split("x"))) for part in text.split(",") if part]
+    if any(len(shape) < 2 for shape in found):
+        raise argparse.ArgumentTypeError(f"{text} has a shape without classes")
+    return found
 
 
 def main() -> None:
