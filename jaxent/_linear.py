@@ -10,12 +10,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.experimental import jet
-from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 from jax.typing import DTypeLike
 
 from ._class_axis import vary
-from ._kernels import as_tuple, batch_first, compute_dtype
+from ._kernels import Primitive, as_tuple, batch_first, compute_dtype
 
 Map = Callable[..., Any]  # of residuals and operands, to an array or a tuple of them
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from _machine import served_by_a_machine
 from jax import export
+from jax.extend.core import Primitive
 
 import jaxent
 from jaxent import _kernels as kernels
@@ -102,6 +103,10 @@ def test_abstract_evaluation_is_that_of_the_plain_form(name):
     plain = partial(getattr(xla, name), axis=axis, dtype=jnp.bfloat16)
     bound = partial(getattr(kernels, name), axis=axis, dtype=jnp.bfloat16)
     assert jax.eval_shape(bound, *arrays) == jax.eval_shape(plain, *arrays)
+
+
+def test_primitives_are_those_of_jax():
+    assert kernels.Primitive is Primitive
 
 
 def test_every_plain_form_is_a_primitive():

@@ -17,7 +17,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.experimental import jet
-from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 from jax.sharding import AxisType, PartitionSpec
 
@@ -40,6 +39,9 @@ MACHINES = {  # by platform, as JAX calls it when it lowers
     "cuda": Machine("jaxent._kernels.gpu", "pallas"),
 }
 
+
+# That of `jax.extend.core`, whose package imports all of Pallas: a third of what `import jaxent` would take.
+Primitive: Any = type(jax.lax.add_p)
 
 # For `jax.jit` of what kernels want to see the arguments of: JAX 0.12 says when a program takes up another.
 INLINE: Any = getattr(getattr(jax, "Inline", None), "JAX_EARLY", True)

@@ -11,14 +11,13 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 from jax.sharding import AxisType
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Integer
 
 from .._class_axis import ClassAxis
-from . import is_old_gpu, lower_kernel, module_of, refusal_of_place
+from . import Primitive, is_old_gpu, lower_kernel, module_of, refusal_of_place
 from .xla import compute_dtype
 
 _CLASSES = ClassAxis(1)
