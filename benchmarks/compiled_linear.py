@@ -38,6 +38,7 @@ from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest import mock
 
 import compiled
 from _cost import CHIPS, array_bytes, kernels_of, seconds, total_bytes
@@ -124,8 +125,7 @@ def count(chip: str, name: str, shape: tuple[int, int, int], dtype: str, chunk_s
     import jax
     import numpy as np
 
-    from jaxent._chunks import ENOUGH, SHARE, chunk_size_for_memory, fit_at_once
-    from jaxent._linear_losses import _LESS
+    from jaxent import _linear_losses
 
     tokens, features, classes = shape
     mesh = jax.sharding.Mesh(np.array(compiled.devices_of(chip)[:1]), ("one",))
@@ -133,23 +133,25 @@ def count(chip: str, name: str, shape: tuple[int, int, int], dtype: str, chunk_s
     layer = [((tokens, features), dtype), ((features, classes), dtype)]
     others = [((tokens,), "int32")] if name in losses() else layer
     arguments = [jax.ShapeDtypeStruct(size, kind, sharding=sharding) for size, kind in layer + others]
+    jax.clear_caches()  # so that all is traced here
     start = time.perf_counter()
     loss = {**losses(), **distillations()}[name]
     loss = loss if chunk_size is None else partial(loss, chunk_size=chunk_size)
-    with contextlib.nullcontext() if chip == "h100" else jax.set_mesh(mesh):  # which tells of the chip
+    sizes, chunks = [1], _linear_losses._chunks
+
+    def seen(*arguments: Any, **options: Any) -> Any:
+        made = chunks(*arguments, **options)
+        sizes.append(made.size)
+        return made
+
+    with (
+        contextlib.nullcontext() if chip == "h100" else jax.set_mesh(mesh),  # which tells of the chip
+        mock.patch.object(_linear_losses, "_chunks", seen),
+    ):
         lowered = jax.jit(jax.value_and_grad(loss, (0, 1))).lower(*arguments)
     program, temporaries = compiled_for(chip, lowered)
     compiling = time.perf_counter() - start
-    width = jax.numpy.dtype(dtype).itemsize / 4
-    held = [width]
-    if chip == "h100" and dtype != "bfloat16":  # for which it has no kernel
-        held.append(1.0)
-    at_once = name == "jaxent at once" and fit_at_once(tokens, features, sum(held))
-    share = SHARE
-    if chip in ("v5p", "v7x") and tokens > ENOUGH:  # where chunks hold the gradient, too
-        held, share = [width, width], _LESS
-    size = chunk_size or chunk_size_for_memory(tokens, features, held, share=share, gradient=width)
-    steps = 0 if at_once or size >= tokens else -(-tokens // size)
+    steps = -(-tokens // sizes[-3 if chip == "h100" else -1])
     kernels = kernels_of(program.as_text(), steps - (steps > 1 and chip == "h100"))  # the first of its steps is apart
     share = 100 * temporaries / (4 * tokens * classes)
     return Counted(1e3 * seconds(kernels, CHIPS[chip]), 1e-9 * total_bytes(kernels), share, compiling)

@@ -11,7 +11,7 @@ from jax.sharding import AxisType
 from jaxtyping import Array, Bool, Integer
 
 SHARE = 0.2  # of all logits, at most
-_LEAST = 3  # chunks, or there would be none to skip
+_LEAST = 2  # chunks, or there would be none to skip
 ENOUGH = 4096  # tokens: with more, products are no faster
 
 

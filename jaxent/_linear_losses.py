@@ -41,13 +41,13 @@ from ._nll import Scale, counting, read_labels
 from ._product_divergence import Pair, Tokens, product_divergences_and_gradients
 from ._product_loss import (
     Center,
+    Gradient,
     center,
     dtype_of_exponentials,
     lies_by_class,
     product_losses,
     product_losses_and_gradient,
     product_losses_and_gradients,
-    product_losses_and_scaled_gradient,
 )
 
 
@@ -103,9 +103,6 @@ class _Gradients(NamedTuple):
     logit_scale: Float[Array, ""] | None
 
 
-# For a TPU with fewer bytes of fast memory than this, the compiler keeps the gradient of many tokens beside the
-# exponentials that it is made of, and a little besides.
-_LARGE_FAST_MEMORY, _LESS = 2**27, 0.15
 _SHARE_OF_PAIRS = 0.05  # of one model's logits, what is held of both models' at most
 _Wanted = tuple[bool, bool, bool, bool]
 _NOTHING: _Wanted = (False, False, False, False)
@@ -455,9 +452,12 @@ def _sweep_in_caches(
     return _loop(options, "tiles", chunks, wanted, arrays, scale)
 
 
-def _dtype_of_exponentials(wanted: _Wanted, arrays: Arrays) -> jnp.dtype:
+def _dtype_of_exponentials(wanted: _Wanted, arrays: Arrays, *, on_tpu: bool) -> jnp.dtype:
     bias = None if arrays.bias is None or not wanted[2] else arrays.bias.dtype
-    return dtype_of_exponentials(jnp.result_type(arrays.hidden, arrays.kernel), bias)
+    operand = jnp.result_type(arrays.hidden, arrays.kernel)
+    if on_tpu and operand == jnp.float32 and jax.config.jax_default_matmul_precision is None:
+        operand = jnp.dtype(jnp.bfloat16)
+    return dtype_of_exponentials(operand, bias)
 
 
 def _sweep_fused(
@@ -485,32 +485,35 @@ def _sweep_fused(
     plain = plain and not options.entropy and not options.loss.stats  # no product knows where its maximum is
     parts, operand = unseen_parts(arrays.hidden), jnp.result_type(arrays.hidden, arrays.kernel)
     # float16 has not the range of exponentials.
-    scalable = holds_logits and arrays.added.uniform is None and parts == 1 and not is_easily_underflown(operand)
+    scalable = arrays.added.uniform is None and not is_easily_underflown(operand)
+    scalable = scalable and not (holds_logits and parts > 1)
     way = "logits" if not (any_kernel and plain) else "scaled" if scalable else "fused"
-    stored = operand if way == "logits" else _dtype_of_exponentials(wanted, arrays)
+    chip = None if holds_logits else tpu()
+    stored = operand if way == "logits" else _dtype_of_exponentials(wanted, arrays, on_tpu=chip is not None)
     wide = _compute_dtype(arrays).itemsize
     filled = _filled_up(options, arrays) if has_kernels and way != "logits" else None
     has_logits = way == "logits" or (holds_logits and filled is None)
-    held = [stored.itemsize / wide]
+    beside = features / max(arrays.kernel.shape[1], 1)  # the hidden states of a chunk, and the gradient of all
+    held = [(stored.itemsize + operand.itemsize * beside) / wide]
     if has_logits or (holds_logits and way == "fused"):  # or the gradient that is made of exponentials
         held.append(1.0 if has_logits else operand.itemsize / wide)
     gradient = arrays.kernel.dtype.itemsize / wide if wanted[1] else None
     fits_at_once = fit_at_once(tokens, features, sum(held))
-    chip, share = None if holds_logits else tpu(), SHARE
-    are_many = not isinstance(tokens, int) or tokens > ENOUGH
-    if chip is not None and chip.fast_memory < _LARGE_FAST_MEMORY and are_many and way == "fused":
-        held.append(operand.itemsize / wide)
-        share = _LESS
-    size = chunk_size_for_memory(tokens, features, held, parts, share, gradient)
+    copies = chip is not None and chip.generation > 6 and operand == jnp.bfloat16  # the kernel, to where its gradient will be
+    size = chunk_size_for_memory(tokens, features, held, parts, SHARE - beside, None if copies else gradient)
     by_class = not holds_logits and lies_by_class(*arrays.kernel.shape)
     machine = {"by_class": by_class, "apart": holds_logits, "filled": filled or 0}
     loop = partial(_loop, options, way, wanted=wanted, arrays=arrays, scale=scale, **machine)
-    chunks = _chunks(options, arrays, counts, size, skip=True)
     more = options.entropy or options.divergence is not None  # is held beside the logits
     one_chunk = is_one_chunk(tokens, options.chunk_size)
-    walks = way == "fused" and _can_cut_classes(arrays) and not (options.chunk_size or by_class or fits_at_once)
+    walks = way != "logits" and not holds_logits and _can_cut_classes(arrays)
+    walks = walks and not (options.chunk_size or by_class or fits_at_once)
     walks = walks and wanted[1] and operand == jnp.bfloat16
     walks = walks and chip is not None and pays_to_walk_twice(tokens, size, chip.flops_per_byte)
+    if chip is not None and not walks and wanted[1] and 2 * wide * arrays.kernel.size <= chip.fast_memory:
+        # The compiler keeps the sum there.
+        size = chunk_size_for_memory(tokens, features, held, parts, SHARE - beside + features / max(tokens, 1), gradient)
+    chunks = _chunks(options, arrays, counts, size, skip=True)
     if not (one_chunk or walks) and (options.chunk_size or more or not fits_at_once):
         return loop(chunks)
     whole = partial(loop, strided_chunks(tokens, tokens, counts))
@@ -591,7 +594,7 @@ def _loop(
     given = _given(arrays, by_class=by_class, filled=filled)
     operand = given.layer.kernel.dtype
     near = center(given.layer, options.classes, apart=apart) if way in ("fused", "scaled") else None
-    stored = _dtype_of_exponentials(wanted, arrays)
+    stored = _dtype_of_exponentials(wanted, arrays, on_tpu=not apart and tpu() is not None)
     scale, largest = (None, None) if scale is None else _in_range(scale, operand)
 
     def products(
@@ -600,24 +603,25 @@ def _loop(
         if not any(wanted):
             return *_losses_of(options, given, near, x, labels), _Gradients(None, None, None, None)
         of_logits = partial(_losses_and_gradient_of, options, given, near, stored, scaled=way == "scaled")
-        loss, known, g, of_scale, rows = of_logits(x, labels, counts, s)
-        if rows is not None:
-            return loss, None, _scaled_products(wanted, x, given.layer.kernel, rows[:, None], g)
-        bias_term = jnp.sum(g, 0) if wanted[2] else None
+        loss, known, of_rows, of_scale = of_logits(x, labels, counts, s)
+        if apart and of_rows.bare is not None:
+            return loss, None, _scaled_products(wanted, x, given.layer.kernel, of_rows)
+        bias_term = jnp.sum(of_rows.whole, 0) if wanted[2] else None
         scale_term = jnp.sum(of_scale) if wanted[3] and of_scale is not None else None
-        g = g.astype(operand)
-        hidden_term = None
+        g = of_rows.whole.astype(operand)
+        hidden_term = kernel_term = None
         if wanted[0]:  # in the other order faster on CPUs
             kernel = given.layer.kernel
             hidden_term = dot(kernel, g, 1, 1, dtype).T if way == "tiles" else dot(g, kernel, 1, 1, dtype)
-        kernel_term = (g if way == "tiles" else dot(x, g, 0, 0, dtype)) if wanted[1] else None
+        if wanted[1]:
+            kernel_term = g if way == "tiles" else _of_kernel(x, of_rows, operand, dtype)
         return loss, known, _Gradients(hidden_term, kernel_term, bias_term, scale_term)
 
     if way == "differentiable":
         products = jax.checkpoint(products)
     once = near is not None and isinstance(chunks.steps, int) and chunks.steps == 1
     # The first step apart is a second program, of which a GPU's compiler makes no more than a few kernels.
-    apart_first = once or (way == "scaled" and bool(tokens))
+    apart_first = once or (way == "scaled" and apart and bool(tokens))
     if apart_first and not once:
         products = jax.jit(products)  # is traced once
     rows = options.rows(tokens)
@@ -680,22 +684,29 @@ def _loop(
     return losses, known, _Gradients(*(None if g is None or x is None else _kept(g, x.dtype) for g, x in of))
 
 
+def _of_kernel(
+    x: Float[Array, "size features"], gradient: Gradient, operand: jnp.dtype, dtype: jnp.dtype
+) -> Float[Array, "features classes"]:
+    """The gradient of the kernel, from that of logits."""
+    g = gradient.whole
+    if gradient.bare is not None and gradient.scale is not None:
+        x, g = _unless_nothing(gradient.scale, x.astype(dtype)).astype(operand), gradient.bare
+    return dot(x, g.astype(operand), 0, 0, dtype)
+
+
 def _scaled_products(
-    wanted: _Wanted,
-    x: Float[Array, "size features"],
-    kernel: Float[Array, "features classes"],
-    scale: Float[Array, "size 1"],
-    g: Float[Array, "size classes"],
+    wanted: _Wanted, x: Float[Array, "size features"], kernel: Float[Array, "features classes"], gradient: Gradient
 ) -> _Gradients:
-    """The terms of gradients, where that of logits is `scale * g`."""
-    operand, dtype = kernel.dtype, scale.dtype
-    bias_term = jnp.sum(scale * g.astype(dtype), 0) if wanted[2] else None
-    g = g.astype(operand)
-    hidden_term = None
-    if wanted[0]:
-        hidden_term = _unless_nothing(scale, dot(g, kernel, 1, 1, dtype))
-    x = _unless_nothing(scale, x.astype(dtype)).astype(operand)
-    return _Gradients(hidden_term, dot(x, g, 0, 0, dtype) if wanted[1] else None, bias_term, None)
+    """The terms of gradients, all of the bare rows, since nothing of the whole gradient is to be written out."""
+    operand, scale, g = kernel.dtype, gradient.scale, gradient.bare
+    assert scale is not None and g is not None
+    dtype = scale.dtype
+    return _Gradients(
+        _unless_nothing(scale, dot(g.astype(operand), kernel, 1, 1, dtype)) if wanted[0] else None,
+        _of_kernel(x, gradient, operand, dtype) if wanted[1] else None,
+        jnp.sum(scale * g.astype(dtype), 0) if wanted[2] else None,
+        None,
+    )
 
 
 def _unless_nothing(scale: Float[Array, "size 1"], x: Float[Array, "size ..."]) -> Float[Array, "size ..."]:
@@ -793,8 +804,8 @@ def _sweep_directional(
             logits_dot += dot(x.astype(dtype), kernel_dot, 1, 0, dtype)
 
         def of(unit: Array) -> Array:
-            _, _, g, of_scale, _ = _losses_and_gradient_of(options, given, None, dtype, x, y, counts, unit)
-            tangent = jnp.sum(g * logits_dot, 1)
+            _, _, g, of_scale = _losses_and_gradient_of(options, given, None, dtype, x, y, counts, unit)
+            tangent = jnp.sum(g.whole * logits_dot, 1)
             return tangent if scale_dot is None or of_scale is None else tangent + scale_dot * of_scale
 
         one = jnp.ones(x.shape[0], dtype)
@@ -888,18 +899,17 @@ def _losses_and_gradient_of(
     scale: Float[Array, "size ..."],
     *,
     scaled: bool = False,
-) -> tuple[Float[Array, "size ..."], _Known | None, Float[Array, "size classes"], _OfRows, _OfRows]:
+) -> tuple[Float[Array, "size ..."], _Known | None, Gradient, _OfRows]:
     """The losses of hidden states, what else is known of these, and gradients of `sum(scale * losses)`.
 
-    First with respect to logits before they are scaled; then, if they are held, for each token by what scales them;
-    and last, where it is to be `scaled`, by what to scale the rows of the first.
+    First with respect to logits before they are scaled, then, if they are held, for each token by what scales them.
     """
     layer = given.layer
     if options.divergence is not None and given.teacher is not None:
         logits, of_teacher = given.shown(layer.logits(x)), given.shown(_logits(given.teacher, labels))
         scale = jnp.where(counts, scale, 0.0)
         loss, gradient = divergences_and_gradient(options.classes, options.divergence, logits, of_teacher, scale)
-        return loss, None, gradient, None, None
+        return loss, None, Gradient(gradient), None
     losses = given.mixture(options, labels, x)
     if losses.label is not None:  # what does not count has no label: no infinity of the kernel may reach it
         losses = losses._replace(label=jnp.where(counts, losses.label, -1))
@@ -916,15 +926,13 @@ def _losses_and_gradient_of(
         if options.softcap is not None:
             gradient = gradient * (1.0 - (logits / options.softcap) ** 2)
         of_scale = None if layer.scale is None else jnp.sum(gradient * unscaled, 1)
-        return loss, _known(stats), layer.scaled(gradient), of_scale, None
+        return loss, _known(stats), Gradient(layer.scaled(gradient)), of_scale
     assert losses.label is not None
-    factors, rows = losses.factors.times(layer.scaled(scale)).rows(losses.label), None
-    arguments = layer, near, x, losses.label, factors, options.classes, stored
-    if scaled:
-        *parts, gradient, rows = product_losses_and_scaled_gradient(*arguments)
-    else:
-        *parts, gradient = product_losses_and_gradient(*arguments)
-    return mixed(losses.label, parts, losses.factors), None, gradient, None, rows
+    factors = losses.factors.times(layer.scaled(scale)).rows(losses.label)
+    parts, gradient = product_losses_and_gradient(
+        layer, near, x, losses.label, factors, options.classes, stored, scaled=scaled
+    )
+    return mixed(losses.label, parts, losses.factors), None, gradient, None
 
 
 def _logits(layer: Layer, x: Float[Array, "size features"]) -> Float[Array, "size classes"]:

@@ -77,6 +77,18 @@ def product_losses(
     return label_rows(_from_label(sums), y, axis=axis)
 
 
+class Gradient(NamedTuple):
+    """Of losses with respect to logits: itself, and, where that is asked for, rows that make it up once scaled.
+
+    Two products of which each is made of exponentials in its own way keep no gradient, which some TPUs' compilers
+    would write out for two that are made of the same.
+    """
+
+    whole: Float[Array, "tokens classes"]
+    bare: Float[Array, "tokens classes"] | None = None
+    scale: Float[Array, "tokens 1"] | None = None
+
+
 def product_losses_and_gradient(
     layer: Layer,
     near: Center,
@@ -85,42 +97,34 @@ def product_losses_and_gradient(
     factors: tuple[Row, ...],
     axis: ClassAxis,
     stored: DTypeLike,
-) -> tuple[Row, Row, Row, Float[Array, "tokens classes"]]:
-    """`label_loss_and_gradient` of their logits; the gradient is as precise as exponentials that are `stored` so."""
-    sums, e = _sums(layer, near, x, y, axis, stored)
-    assert e is not None
-    label = axis.one_hot(y, e)
-    gradient = label_gradient(sums, label, e.astype(sums.others.dtype), y, *factors, axis=axis)
-    return *label_rows(_from_label(sums), y, axis=axis), gradient
+    *,
+    scaled: bool,
+) -> tuple[tuple[Row, Row, Row], Gradient]:
+    """`label_loss_and_gradient` of their logits; the gradient is as precise as exponentials that are `stored` so.
 
-
-def product_losses_and_scaled_gradient(
-    layer: Layer,
-    near: Center,
-    x: Float[Array, "tokens features"],
-    y: Integer[Array, " tokens"],
-    factors: tuple[Row, ...],
-    axis: ClassAxis,
-    stored: DTypeLike,
-) -> tuple[Row, Row, Row, Float[Array, "tokens classes"], Row]:
-    """The same without the mean over all classes: rows that make up the gradient once they are scaled, and by what.
-
-    These are the exponentials where they lie, but for the label's: there is no pass that makes the gradient of them.
+    Only without the mean over all classes it can be `scaled`: the bare rows are then the exponentials where they lie,
+    but for the label's.
     """
     a, _, z = factors
-    counts = (y >= 0) & ((a != 0.0) | (z != 0.0))
-    sums, e = _sums(layer, near, x, y, axis, stored, counts)
+    counts = (y >= 0) & ((a != 0.0) | (z != 0.0)) if scaled else None
+    sums, e = _sums(layer, near, x, y, axis, stored, counts if near.apart else None)
     assert e is not None
-    rows = label_rows(_from_label(sums), y, axis=axis)
+    label, rows = axis.one_hot(y, e), label_rows(_from_label(sums), y, axis=axis)
+    whole = label_gradient(sums, label, e.astype(sums.others.dtype), y, *factors, axis=axis)
+    if counts is None:
+        return rows, Gradient(whole)
     own, others, shared = axis.squeeze(jnp.exp(sums.d)), axis.squeeze(sums.others), 2.0 * z * rows[2]
     least = jnp.finfo(a.dtype).eps * a  # about the rounding of the sum, which is divided by
     scale = jnp.where(jnp.abs(a + shared) < jnp.abs(least), least, a + shared)
     of_label = jnp.where(scale == 0.0, 0.0, (shared * own - a * others) / scale)
-    first = axis.start(e)
-    here = counts & (y >= first) & (y < first + e.shape[1])
-    place = jnp.arange(len(y)), jnp.where(here, y - first, 0)
-    e = e.at[place].set(jnp.where(here, of_label.astype(stored), e[place]), unique_indices=True)
-    return *rows, e, jnp.where(counts, scale / (others + own), 0.0)
+    if near.apart:  # a GPU's compiler would write another array
+        first = axis.start(e)
+        here = counts & (y >= first) & (y < first + e.shape[1])
+        place = jnp.arange(len(y)), jnp.where(here, y - first, 0)
+        e = e.at[place].set(jnp.where(here, of_label.astype(stored), e[place]), unique_indices=True)
+    else:
+        e = jnp.where(label, axis.expand(of_label).astype(stored), jnp.where(axis.expand(counts), e, 0))
+    return rows, Gradient(whole, e, axis.expand(jnp.where(counts, scale / (others + own), 0.0)))
 
 
 def product_losses_and_gradients(

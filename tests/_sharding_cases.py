@@ -683,7 +683,7 @@ def test_few_tokens_walk_along_their_devices_classes(check_vma, monkeypatch):
     walked, walk = [], _linear_losses._walk_along_classes
     monkeypatch.setattr(_linear_losses, "_walk_along_classes", lambda *given: (walked.append(1), walk(*given))[1])
     monkeypatch.setattr(_linear_losses, "_sweep_in_caches", _linear_losses._sweep_fused)
-    monkeypatch.setattr(_linear_losses, "tpu", lambda: Chip(2**27, 560.0))
+    monkeypatch.setattr(_linear_losses, "tpu", lambda: Chip(2**27, 560.0, 6))
     found = _with_split_classes(loss, arrays, monkeypatch, check_vma=check_vma)
     assert walked
     _assert_near(found, expected)

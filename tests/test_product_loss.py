@@ -342,7 +342,7 @@ def test_few_tokens_walk_along_the_classes(classes, live, walks, options, machin
         return jax.block_until_ready(jax.value_and_grad(loss, (0, 1, 2))(hidden, kernel, bias))
 
     in_chunks = run()
-    monkeypatch.setattr(_linear_losses, "tpu", lambda: Chip(2**27, 560.0))
+    monkeypatch.setattr(_linear_losses, "tpu", lambda: Chip(2**27, 560.0, 6))
     found = run()
     jax.effects_barrier()
     assert len(taken) == (machine == "tpu" and walks)

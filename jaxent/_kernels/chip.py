@@ -10,6 +10,7 @@ class Chip(NamedTuple):
 
     fast_memory: int  # bytes of a core's
     flops_per_byte: float  # of bfloat16, while a byte of its memory is moved
+    generation: int
 
 
 def tpu() -> Chip | None:
@@ -27,4 +28,4 @@ def tpu() -> Chip | None:
         info = pltpu.get_tpu_info()
     except (AttributeError, ValueError):  # a later one than this JAX knows
         return None
-    return Chip(info.vmem_capacity_bytes, info.bf16_ops_per_second / info.mem_bw_bytes_per_second)
+    return Chip(info.vmem_capacity_bytes, info.bf16_ops_per_second / info.mem_bw_bytes_per_second, info.generation)
