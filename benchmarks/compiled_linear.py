@@ -125,7 +125,7 @@ def count(chip: str, name: str, shape: tuple[int, int, int], dtype: str, chunk_s
     import jax
     import numpy as np
 
-    from jaxent import _linear_losses
+    from jaxent import _linear_sweep
 
     tokens, features, classes = shape
     mesh = jax.sharding.Mesh(np.array(compiled.devices_of(chip)[:1]), ("one",))
@@ -137,21 +137,22 @@ def count(chip: str, name: str, shape: tuple[int, int, int], dtype: str, chunk_s
     start = time.perf_counter()
     loss = {**losses(), **distillations()}[name]
     loss = loss if chunk_size is None else partial(loss, chunk_size=chunk_size)
-    sizes, chunks = [1], _linear_losses._chunks
+    sizes, plan_for = [1], _linear_sweep.plan_for
 
-    def seen(*arguments: Any, **options: Any) -> Any:
-        made = chunks(*arguments, **options)
-        sizes.append(made.size)
-        return made
+    def seen(machine: Any, *arguments: Any, **options: Any) -> Any:
+        plan = plan_for(machine, *arguments, **options)
+        if machine != "cpu" and (machine == "tpu") == (chip != "h100"):
+            sizes.append(plan.size)
+        return plan
 
     with (
         contextlib.nullcontext() if chip == "h100" else jax.set_mesh(mesh),  # which tells of the chip
-        mock.patch.object(_linear_losses, "_chunks", seen),
+        mock.patch.object(_linear_sweep, "plan_for", seen),
     ):
         lowered = jax.jit(jax.value_and_grad(loss, (0, 1))).lower(*arguments)
     program, temporaries = compiled_for(chip, lowered)
     compiling = time.perf_counter() - start
-    steps = -(-tokens // sizes[-3 if chip == "h100" else -1])
+    steps = -(-tokens // sizes[-1])
     kernels = kernels_of(program.as_text(), steps - (steps > 1 and chip == "h100"))  # the first of its steps is apart
     share = 100 * temporaries / (4 * tokens * classes)
     return Counted(1e3 * seconds(kernels, CHIPS[chip]), 1e-9 * total_bytes(kernels), share, compiling)

@@ -54,12 +54,11 @@ class Factors(NamedTuple):
 
     def given(self, like: Label) -> tuple[Row, ...]:
         """Those that there are as kernels want them: a number for each row."""
-        return tuple(jnp.broadcast_to(x, like.shape) for x in self if x is not None)
+        return tuple(x for x in self.along(like) if x is not None)
 
-    def rows(self, like: Label) -> tuple[Row, ...]:
-        """All three so."""
-        dtype = next(x.dtype for x in self if x is not None)
-        return tuple(jnp.zeros_like(like, dtype) if x is None else jnp.broadcast_to(x, like.shape) for x in self)
+    def along(self, like: Label) -> "Factors":
+        """A number for each row, of those that there are."""
+        return Factors(*(None if x is None else jnp.broadcast_to(x, like.shape) for x in self))
 
 
 # With `stats`, both functions also give the parts of each row's loss, which have no derivatives.

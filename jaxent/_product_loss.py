@@ -10,6 +10,8 @@ so nothing that counts underflows. It would overflow where a logit is some 60 ab
 more, relative to the maximum.
 """
 
+from functools import reduce
+from operator import or_
 from typing import Any, NamedTuple
 
 import jax
@@ -87,6 +89,7 @@ class Gradient(NamedTuple):
     whole: Float[Array, "tokens classes"]
     bare: Float[Array, "tokens classes"] | None = None
     scale: Float[Array, "tokens 1"] | None = None
+    less: Float[Array, "tokens 1"] | None = None  # and then so much less, for every class
 
 
 def product_losses_and_gradient(
@@ -94,7 +97,7 @@ def product_losses_and_gradient(
     near: Center,
     x: Float[Array, "tokens features"],
     y: Integer[Array, " tokens"],
-    factors: tuple[Row, ...],
+    factors: tuple[Row | None, ...],
     axis: ClassAxis,
     stored: DTypeLike,
     *,
@@ -102,18 +105,18 @@ def product_losses_and_gradient(
 ) -> tuple[tuple[Row, Row, Row], Gradient]:
     """`label_loss_and_gradient` of their logits; the gradient is as precise as exponentials that are `stored` so.
 
-    Only without the mean over all classes it can be `scaled`: the bare rows are then the exponentials where they lie,
-    but for the label's.
+    If it is `scaled`, the bare rows are the exponentials where they lie, but for the label's.
     """
-    a, _, z = factors
-    counts = (y >= 0) & ((a != 0.0) | (z != 0.0)) if scaled else None
+    counts = (y >= 0) & reduce(or_, (row != 0.0 for row in factors if row is not None)) if scaled else None
     sums, e = _sums(layer, near, x, y, axis, stored, counts if near.apart else None)
     assert e is not None
     label, rows = axis.one_hot(y, e), label_rows(_from_label(sums), y, axis=axis)
     whole = label_gradient(sums, label, e.astype(sums.others.dtype), y, *factors, axis=axis)
     if counts is None:
         return rows, Gradient(whole)
-    own, others, shared = axis.squeeze(jnp.exp(sums.d)), axis.squeeze(sums.others), 2.0 * z * rows[2]
+    own, others = axis.squeeze(jnp.exp(sums.d)), axis.squeeze(sums.others)
+    a, u, z = (jnp.zeros_like(own) if row is None else row for row in factors)
+    shared = u + 2.0 * z * rows[2]
     least = jnp.finfo(a.dtype).eps * a  # about the rounding of the sum, which is divided by
     scale = jnp.where(jnp.abs(a + shared) < jnp.abs(least), least, a + shared)
     of_label = jnp.where(scale == 0.0, 0.0, (shared * own - a * others) / scale)
@@ -124,7 +127,10 @@ def product_losses_and_gradient(
         e = e.at[place].set(jnp.where(here, of_label.astype(stored), e[place]), unique_indices=True)
     else:
         e = jnp.where(label, axis.expand(of_label).astype(stored), jnp.where(axis.expand(counts), e, 0))
-    return rows, Gradient(whole, e, axis.expand(jnp.where(counts, scale / (others + own), 0.0)))
+    scale, less = (
+        axis.expand(jnp.where(counts, row, 0.0)) for row in (scale / (others + own), u / max(axis.size(e), 1))
+    )
+    return rows, Gradient(whole, e, scale, None if factors[1] is None else less)
 
 
 def product_losses_and_gradients(
@@ -132,7 +138,7 @@ def product_losses_and_gradients(
     near: Center,
     x: Float[Array, "tokens features"],
     y: Integer[Array, " tokens"],
-    factors: tuple[Row, ...],
+    factors: tuple[Row | None, ...],
     axis: ClassAxis,
     wanted: tuple[bool, ...],
     block: int,
@@ -168,7 +174,7 @@ def product_losses_and_gradients(
             term += jax.lax.dynamic_slice_in_dim(total, begin, block, last)
         return jax.lax.dynamic_update_slice_in_dim(total, term.astype(total.dtype), begin, last)
 
-    zero = vary(jnp.zeros((), dtype), x, y, *factors, *jax.tree.leaves(layer))
+    zero = vary(jnp.zeros((), dtype), x, y, *jax.tree.leaves((factors, layer)))
     shapes = (x.shape, dtype), (layer.weight.shape, layer.weight.dtype), ((classes,), dtype)
     nothing = (jnp.broadcast_to(zero.astype(kind), shape) for shape, kind in shapes)
     found = tuple(x if want else None for x, want in zip(nothing, wanted, strict=False))

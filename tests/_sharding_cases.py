@@ -17,7 +17,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jaxent
-from jaxent import _linear_cross_entropy, _linear_losses
+from jaxent import _linear_cross_entropy, _linear_losses, _linear_plan, _linear_sweep
 from jaxent._kernels import gpu, gpu_product, native, product
 from jaxent._kernels.chip import Chip
 
@@ -665,8 +665,7 @@ def test_kernels_of_a_gpu_where_classes_are_split(size, monkeypatch):
     expected = jax.value_and_grad(loss, (0, 1))(*arrays)
 
     monkeypatch.setitem(product.KERNELS, "cpu", gpu_product.__name__)
-    way = partial(_linear_losses._sweep_fused, holds_logits=True, has_kernels=True)
-    monkeypatch.setattr(_linear_losses, "_sweep_in_caches", way)
+    monkeypatch.setitem(_linear_sweep.MACHINES, "cpu", "cuda")
     found = _with_split_classes(loss, arrays, monkeypatch, check_vma=False)
     assert set(served) == {((16, 16), (16, 16))}
     _assert_near(found, expected)
@@ -680,10 +679,10 @@ def test_few_tokens_walk_along_their_devices_classes(check_vma, monkeypatch):
     loss = partial(jaxent.linear_cross_entropy, label_smoothing=0.1, reduction="sum")
     expected = jax.value_and_grad(loss, (0, 1))(*arrays)
 
-    walked, walk = [], _linear_losses._walk_along_classes
-    monkeypatch.setattr(_linear_losses, "_walk_along_classes", lambda *given: (walked.append(1), walk(*given))[1])
-    monkeypatch.setattr(_linear_losses, "_sweep_in_caches", _linear_losses._sweep_fused)
-    monkeypatch.setattr(_linear_losses, "tpu", lambda: Chip(2**27, 560.0, 6))
+    walked, walk = [], _linear_sweep.walk_along_classes
+    monkeypatch.setattr(_linear_sweep, "walk_along_classes", lambda *given: (walked.append(1), walk(*given))[1])
+    monkeypatch.setitem(_linear_sweep.MACHINES, "cpu", "tpu")
+    monkeypatch.setattr(_linear_plan, "tpu", lambda: Chip(2**27, 560.0, 6))
     found = _with_split_classes(loss, arrays, monkeypatch, check_vma=check_vma)
     assert walked
     _assert_near(found, expected)

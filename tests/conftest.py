@@ -26,7 +26,7 @@ from hypothesis import HealthCheck, settings
 
 import jaxent
 from jaxent import _kernels as kernels
-from jaxent import _linear_losses
+from jaxent import _linear_sweep
 from jaxent._kernels import implementations, native
 
 # The first call of every shape compiles: no deadline.
@@ -130,7 +130,7 @@ def _interpreted():
 @pytest.fixture
 def accelerators(monkeypatch):
     """A CPU walks over a linear layer's outputs as TPUs do."""
-    monkeypatch.setattr(_linear_losses, "_sweep_in_caches", _linear_losses._sweep_fused)
+    monkeypatch.setitem(_linear_sweep.MACHINES, "cpu", "tpu")
     jax.clear_caches()
     yield
     jax.clear_caches()

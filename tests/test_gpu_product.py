@@ -9,7 +9,7 @@ import pytest
 from jax import export
 from scipy.special import log_softmax, logsumexp
 
-from jaxent import _linear_cross_entropy, _linear_losses, linear_cross_entropy
+from jaxent import _linear_cross_entropy, _linear_losses, _linear_sweep, linear_cross_entropy
 from jaxent._kernels import gpu, gpu_product, product
 from jaxent._kernels.product import Layer
 
@@ -23,8 +23,7 @@ def interpreted(monkeypatch):
     for name, size in (("TOKENS", 16), ("CLASSES", 32), ("FEATURES", 16)):
         monkeypatch.setattr(gpu_product, name, size)
     monkeypatch.setitem(product.KERNELS, "cpu", gpu_product.__name__)
-    way = partial(_linear_losses._sweep_fused, holds_logits=True, has_kernels=True)
-    monkeypatch.setattr(_linear_losses, "_sweep_in_caches", way)
+    monkeypatch.setitem(_linear_sweep.MACHINES, "cpu", "cuda")
     losses = _linear_losses.linear_losses.__wrapped__  # jitted anew, or what was traced before would go another way
     anew = jax.jit(lambda arrays, weight, options: losses(arrays, weight, options), static_argnums=2)
     monkeypatch.setattr(_linear_cross_entropy, "linear_losses", anew)

@@ -10,7 +10,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.special import log_softmax, logsumexp
 
-from jaxent import _linear_cross_entropy, _linear_losses, cross_entropy, linear_cross_entropy
+from jaxent import (
+    _linear_cross_entropy,
+    _linear_losses,
+    _linear_plan,
+    _linear_sweep,
+    cross_entropy,
+    linear_cross_entropy,
+)
 from jaxent._chunks import pays_to_walk_twice
 from jaxent._class_axis import ClassAxis
 from jaxent._kernels.chip import Chip
@@ -34,8 +41,7 @@ def on_gpus(arrays, sample_weight, options):
 def machine(request, monkeypatch):
     """Whose way `fused` goes."""
     if request.param == "gpu":
-        way = partial(_linear_losses._sweep_fused, holds_logits=True)
-        monkeypatch.setattr(_linear_losses, "_sweep_fused", way)
+        monkeypatch.setitem(_linear_sweep.MACHINES, "xla", "rocm")
         monkeypatch.setattr(_linear_cross_entropy, "linear_losses", on_gpus)
     return request.param
 
@@ -96,6 +102,33 @@ def test_logits_of_any_size(scale, dtype):
     found = jax.grad(partial(fused, reduction="sum"), (0, 1))(hidden, kernel, labels)
     for g, e in zip(found, gradients, strict=True):
         assert np.linalg.norm(np.asarray(g, float) - e) <= 2.0 * rounding * np.linalg.norm(e)
+
+
+def test_exponentials_of_float32_wait_as_a_tpu_rounds_them(machine, monkeypatch):
+    """Which it does with all that it multiplies, unless somebody asks for more: no error is larger by it."""
+    monkeypatch.setattr(_linear_plan, "tpu", lambda: Chip(2**27, 560.0, 6))
+    losses = _linear_losses.linear_losses.__wrapped__
+    anew = jax.jit(lambda arrays, weight, options: losses(arrays, weight, options), static_argnums=2)
+    monkeypatch.setattr(_linear_cross_entropy, "linear_losses", anew)
+    arrays = draw(seed=3)
+    value, *exactly = exact(*arrays)
+
+    def rounded(x):
+        return np.asarray(np.asarray(x, np.float32).astype(jnp.bfloat16), float)
+
+    h, w = (np.asarray(x, float) for x in arrays[:2])
+    g = np.exp(log_softmax(h @ w, 1)) - (np.arange(C) == np.asarray(arrays[2])[:, None])
+    allowed = [rounded(g) @ rounded(w).T, rounded(h).T @ rounded(g)]
+    for precision in (None, "highest"):
+        with jax.default_matmul_precision(precision):
+            found, gradients = jax.value_and_grad(partial(fused, reduction="sum"), (0, 1))(*arrays)
+        np.testing.assert_allclose(found, value.sum(), rtol=1e-6)
+        for a, b, e in zip(gradients, allowed, exactly, strict=True):
+            error = np.linalg.norm(np.asarray(a, float) - e)
+            if machine == "tpu" and precision is None:
+                assert 1e-5 * np.linalg.norm(e) < error < np.linalg.norm(b - e)
+            else:
+                assert error < 1e-6 * np.linalg.norm(e)
 
 
 def test_logits_of_any_size_below_vmap():
@@ -237,17 +270,17 @@ def test_sums_are_relative_to_any_number():
 
 
 @pytest.mark.parametrize(
-    ("live", "sizes"), [((48,), {48}), ((33,), {48}), ((32,), {16}), ((0,), {16}), ((48, 33), {48}), ((48, 20), {16})]
+    ("live", "sizes"), [((48,), {48}), ((33,), {48}), ((32,), {32}), ((0,), {32}), ((48, 33), {48}), ((48, 20), {32})]
 )
 def test_all_at_once_where_no_chunk_could_be_skipped(live, sizes, monkeypatch):
     """Below vmap, too, one of the two programs runs; values and gradients are those of the tokens that count."""
-    ran, loop, losses = set(), _linear_losses._loop, _linear_losses.linear_losses.__wrapped__
+    ran, loop, losses = set(), _linear_sweep.loop, _linear_losses.linear_losses.__wrapped__
 
-    def spy(options, way, chunks, *rest, **how):
+    def spy(options, plan, chunks, *rest):
         jax.debug.callback(lambda: ran.add(chunks.size))
-        return loop(options, way, chunks, *rest, **how)
+        return loop(options, plan, chunks, *rest)
 
-    monkeypatch.setattr(_linear_losses, "_loop", spy)
+    monkeypatch.setattr(_linear_sweep, "loop", spy)
     anew = jax.jit(lambda arrays, weight, options: losses(arrays, weight, options), static_argnums=2)
     monkeypatch.setattr(_linear_cross_entropy, "linear_losses", anew)
     rng = np.random.default_rng(3)
@@ -275,13 +308,13 @@ def test_all_at_once_where_no_chunk_could_be_skipped(live, sizes, monkeypatch):
 @pytest.mark.parametrize(("chunk_size", "steps"), [(64, 1), (100, 1), (63, None)])
 def test_as_many_as_there_are_tokens_are_one_chunk(chunk_size, steps, monkeypatch):
     """Of a number of steps that is known, so that nothing is added up; that of several depends on labels."""
-    seen, loop, losses = [], _linear_losses._loop, _linear_losses.linear_losses.__wrapped__
+    seen, loop, losses = [], _linear_sweep.loop, _linear_losses.linear_losses.__wrapped__
 
-    def spy(options, way, chunks, *rest, **how):
+    def spy(options, plan, chunks, *rest):
         seen.append(chunks.steps if isinstance(chunks.steps, int) else None)
-        return loop(options, way, chunks, *rest, **how)
+        return loop(options, plan, chunks, *rest)
 
-    monkeypatch.setattr(_linear_losses, "_loop", spy)
+    monkeypatch.setattr(_linear_sweep, "loop", spy)
     anew = jax.jit(lambda arrays, weight, options: losses(arrays, weight, options), static_argnums=2)
     monkeypatch.setattr(_linear_cross_entropy, "linear_losses", anew)
     hidden, kernel, labels = jnp.ones((64, 8)), jnp.ones((8, 50)), jnp.zeros(64, jnp.int32)
@@ -317,13 +350,13 @@ def test_at_once_and_in_chunks(dtype, ignore_index):
 @pytest.mark.parametrize("classes", [256, 300])
 def test_few_tokens_walk_along_the_classes(classes, live, walks, options, machine, monkeypatch):
     """Where chunks would wait for the sum of the kernel's gradient; unless a chunk of ignored tokens is skipped."""
-    taken, walk = [], _linear_losses._walk_along_classes
+    taken, walk = [], _linear_sweep.walk_along_classes
 
     def spy(*arguments):
         jax.debug.callback(lambda: taken.append(True))
         return walk(*arguments)
 
-    monkeypatch.setattr(_linear_losses, "_walk_along_classes", spy)
+    monkeypatch.setattr(_linear_sweep, "walk_along_classes", spy)
     rng = np.random.default_rng(5)
     hidden, kernel = (jnp.asarray(rng.standard_normal(shape), jnp.bfloat16) for shape in ((96, 8), (8, classes)))
     labels = jnp.where(rng.permutation(96) < live, jnp.asarray(rng.integers(classes, size=96)), -100)
@@ -342,7 +375,7 @@ def test_few_tokens_walk_along_the_classes(classes, live, walks, options, machin
         return jax.block_until_ready(jax.value_and_grad(loss, (0, 1, 2))(hidden, kernel, bias))
 
     in_chunks = run()
-    monkeypatch.setattr(_linear_losses, "tpu", lambda: Chip(2**27, 560.0, 6))
+    monkeypatch.setattr(_linear_plan, "tpu", lambda: Chip(2**27, 560.0, 6))
     found = run()
     jax.effects_barrier()
     assert len(taken) == (machine == "tpu" and walks)
