@@ -120,12 +120,26 @@ def compiled_for(chip: str, lowered: Any) -> tuple[Any, int]:
     return program, needed - memory.argument_size_in_bytes - memory.output_size_in_bytes
 
 
+@contextlib.contextmanager
+def chunk_sizes() -> Iterator[dict[str, int]]:
+    """Tokens in a chunk, by machine, of what is traced meanwhile; 1 where nothing is."""
+    from jaxent import _linear_sweep
+
+    sizes, plan_for = {"": 1}, _linear_sweep.plan_for
+
+    def seen(machine: Any, *arguments: Any, **options: Any) -> Any:
+        plan = plan_for(machine, *arguments, **options)
+        sizes[machine] = plan.size
+        return plan
+
+    with mock.patch.object(_linear_sweep, "plan_for", seen):
+        yield sizes
+
+
 def count(chip: str, name: str, shape: tuple[int, int, int], dtype: str, chunk_size: int | None = None) -> Counted:
     """Compile one of them."""
     import jax
     import numpy as np
-
-    from jaxent import _linear_sweep
 
     tokens, features, classes = shape
     mesh = jax.sharding.Mesh(np.array(compiled.devices_of(chip)[:1]), ("one",))
@@ -137,22 +151,15 @@ def count(chip: str, name: str, shape: tuple[int, int, int], dtype: str, chunk_s
     start = time.perf_counter()
     loss = {**losses(), **distillations()}[name]
     loss = loss if chunk_size is None else partial(loss, chunk_size=chunk_size)
-    sizes, plan_for = [1], _linear_sweep.plan_for
-
-    def seen(machine: Any, *arguments: Any, **options: Any) -> Any:
-        plan = plan_for(machine, *arguments, **options)
-        if machine != "cpu" and (machine == "tpu") == (chip != "h100"):
-            sizes.append(plan.size)
-        return plan
-
     with (
         contextlib.nullcontext() if chip == "h100" else jax.set_mesh(mesh),  # which tells of the chip
-        mock.patch.object(_linear_sweep, "plan_for", seen),
+        chunk_sizes() as sizes,
     ):
         lowered = jax.jit(jax.value_and_grad(loss, (0, 1))).lower(*arguments)
     program, temporaries = compiled_for(chip, lowered)
     compiling = time.perf_counter() - start
-    steps = -(-tokens // sizes[-1])
+    machines = ("cuda", "rocm", "") if chip == "h100" else ("tpu", "")  # a function for both GPUs is rocm's
+    steps = -(-tokens // next(sizes[machine] for machine in machines if machine in sizes))
     kernels = kernels_of(program.as_text(), steps - (steps > 1 and chip == "h100"))  # the first of its steps is apart
     share = 100 * temporaries / (4 * tokens * classes)
     return Counted(1e3 * seconds(kernels, CHIPS[chip]), 1e-9 * total_bytes(kernels), share, compiling)
@@ -166,7 +173,6 @@ def split_rows(how: str, shape: tuple[int, int, int]) -> Iterator[str]:
     from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
     import jaxent
-    from jaxent._chunks import chunk_size_for_memory
 
     tokens, features, classes = shape
     chips = np.array(topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x4").devices)
@@ -195,13 +201,12 @@ def split_rows(how: str, shape: tuple[int, int, int]) -> Iterator[str]:
                 strict=True,
             )
         ]
-        with jax.set_mesh(mesh):
+        jax.clear_caches()
+        with jax.set_mesh(mesh), chunk_sizes() as chunks:
             lowered = jax.jit(jax.value_and_grad(loss, (0, 1))).lower(*arguments)
         program, temporaries = compiled_for("v5e", lowered)
         own = tokens // (1 if way == "automatic" else sizes[0])
-        parts = 8 if way == "automatic" else 1
-        size = chunk_size_for_memory(own, features, (0.5,), parts, gradient=0.5)
-        kernels = kernels_of(program.as_text(), -(-own // size))
+        kernels = kernels_of(program.as_text(), -(-own // chunks.get("tpu", own)))
         sent = [k for k in kernels if re.match("all-|reduce-scatter|collective", k.instruction.operation)]
         large = [
             f"{k.times} x {k.instruction.kind.split('{')[0]}"

@@ -11,7 +11,6 @@ from jax.sharding import AxisType
 from jaxtyping import Array, Bool, Integer
 
 SHARE = 0.2  # of all logits, at most
-_LEAST = 2  # chunks, or there would be none to skip
 ENOUGH = 4096  # tokens: with more, products are no faster
 
 
@@ -40,11 +39,13 @@ def chunk_size_for_memory(
     parts: int = 1,
     share: float = SHARE,
     gradient: float | None = None,
+    least: int = 3,
 ) -> int:
     """Tokens whose logits an accelerator holds at once, for each of so many `parts` of a machine.
 
     A chunk needs some arrays, `held` times the bytes of its logits each: this `share` of all logits at most, beside a
-    sum for the kernel's gradient, if that is wanted. It has `gradient` times the bytes of its sum.
+    sum for the kernel's gradient, if that is wanted. It has `gradient` times the bytes of its sum. There are
+    `least` chunks, or more, so that some can be skipped.
     """
     if not isinstance(tokens, int):  # of a size that is known when it runs
         return 1024
@@ -53,7 +54,7 @@ def chunk_size_for_memory(
         result = gradient * features / max(tokens, 1)
         if gradient == 1.0:  # the result is the sum, which takes nothing then
             share, result = share + result, 0.0
-    steps = max(_LEAST, -(-tokens // (ENOUGH * parts)))
+    steps = max(least, -(-tokens // (ENOUGH * parts)))
     while 16 * steps < tokens and not _fit(held, 1.0 / steps, share, result):
         steps += 1
     # Chunks that fill the tiles of matrix units, where the number of tokens allows; but no more chunks than necessary

@@ -90,10 +90,10 @@ def _in_products(machine: Machine, options: Options, wanted: Wanted, arrays: Arr
     filled = _filled_up(options, arrays) if machine == "cuda" and way != "logits" and fit(*arrays[:2]) else None
     stored = operand if way == "logits" else _dtype_of_exponentials(wanted, arrays, rounded=chip is not None)
 
-    # In bytes of logits in the dtype of sums: the arrays of a chunk, and hidden states beside it, some at least. Chunks
-    # do not make the gradient of these any smaller.
+    # In bytes of logits in the dtype of sums: the arrays of a chunk, and on TPUs hidden states and their gradient
+    # beside it, some at least, since chunks do not make these any fewer.
     wide = compute_dtype(arrays).itemsize
-    beside = min(features / max(classes, 1), SHARE / 4) if known else 0.0
+    beside = min(features / max(classes, 1), SHARE / 4) if known and on_tpu else 0.0
     held = [(stored.itemsize + operand.itemsize * beside) / wide]
     has_logits = way == "logits" or not (on_tpu or filled is not None)
     if has_logits or (way == "fused" and not on_tpu):  # or the gradient that is made of exponentials
@@ -101,7 +101,8 @@ def _in_products(machine: Machine, options: Options, wanted: Wanted, arrays: Arr
     gradient = arrays.kernel.dtype.itemsize / wide if wanted[1] else None
     # A TPU v7x lays bfloat16 anew for its products, where the gradient will be.
     room = None if chip is not None and chip.generation > 6 and operand == jnp.bfloat16 else gradient
-    fitting = partial(chunk_size_for_memory, tokens, features, held, parts, gradient=room)
+    least = 2 if on_tpu else 3
+    fitting = partial(chunk_size_for_memory, tokens, features, held, parts, gradient=room, least=least)
     size = fitting(SHARE - beside)
 
     by_class = on_tpu and lies_by_class(features, classes)
