@@ -210,7 +210,7 @@ def _sweep_directional(
 
         def of(unit: Array) -> Array:
             _, _, g, of_scale = losses_and_gradient_of(options, given, None, dtype, x, y, counts, unit)
-            tangent = jnp.sum(g.whole * logits_dot, 1)
+            tangent = jnp.sum(g.for_hidden.rows * logits_dot, 1)
             return tangent if scale_dot is None or of_scale is None else tangent + scale_dot * of_scale
 
         one = jnp.ones(x.shape[0], dtype)

@@ -13,7 +13,7 @@ from ._entropy import entropies, entropies_and_gradient
 from ._kernels.product import Layer
 from ._label_loss import How, mixed
 from ._nll import counting
-from ._product_loss import Center, Gradient, product_losses, product_losses_and_gradient
+from ._product_loss import Center, Gradient, gradient_of, product_losses, product_losses_and_gradient
 
 Live = Bool[Array, " tokens"] | None  # those that count; None if all do
 Wanted = tuple[bool, bool, bool, bool]  # gradients of hidden, kernel, bias and logit_scale
@@ -175,7 +175,7 @@ def losses_and_gradient_of(
         logits, of_teacher = given.shown(layer.logits(x)), given.shown(_logits(given.teacher, labels))
         scale = jnp.where(counts, scale, 0.0)
         loss, gradient = divergences_and_gradient(options.classes, options.divergence, logits, of_teacher, scale)
-        return loss, None, Gradient(gradient), None
+        return loss, None, gradient_of(gradient), None
     losses = given.mixture(options, labels, x)
     if losses.label is not None:  # what does not count has no label: no infinity of the kernel may reach it
         losses = losses._replace(label=jnp.where(counts, losses.label, -1))
@@ -192,7 +192,7 @@ def losses_and_gradient_of(
         if options.softcap is not None:
             gradient = gradient * (1.0 - (logits / options.softcap) ** 2)
         of_scale = None if layer.scale is None else jnp.sum(gradient * unscaled, 1)
-        return loss, _known(stats), Gradient(layer.scaled(gradient)), of_scale
+        return loss, _known(stats), gradient_of(layer.scaled(gradient)), of_scale
     assert losses.label is not None
     factors = losses.factors.times(layer.scaled(scale)).along(losses.label)
     parts, gradient = product_losses_and_gradient(

@@ -33,7 +33,7 @@ from ._linear_given import (
 from ._linear_plan import Machine, Plan, can_cut_classes, plan_for
 from ._linear_plan import differentiable as differentiable_plan
 from ._product_divergence import Pair, Tokens, product_divergences_and_gradients
-from ._product_loss import Gradient, center, product_losses_and_gradients
+from ._product_loss import center, product_losses_and_gradients
 
 # By platform, as JAX calls it when it lowers; "xla" is whoever has no way of its own, and plain JAX.
 MACHINES: dict[str, Machine] = {"cpu": "cpu", "cuda": "cuda", "rocm": "rocm", "xla": "tpu"}
@@ -179,18 +179,19 @@ def loop(options: Options, plan: Plan, chunks: Chunks, wanted: Wanted, arrays: A
         if not any(wanted):
             return *losses_of(options, given, near, x, labels), Gradients(None, None, None, None)
         of_logits = partial(losses_and_gradient_of, options, given, near, plan.stored, scaled=way == "scaled")
-        loss, known, of_rows, of_scale = of_logits(x, labels, counts, s)
-        if plan.apart and of_rows.bare is not None:
-            return loss, None, _scaled_products(wanted, x, given.layer.kernel, of_rows)
-        bias_term = jnp.sum(of_rows.whole, 0) if wanted[2] else None
-        scale_term = jnp.sum(of_scale) if wanted[3] and of_scale is not None else None
-        g = of_rows.whole.astype(operand)
+        loss, known, g, of_scale = of_logits(x, labels, counts, s)
+        rows, kernel = g.for_hidden.rows.astype(operand), given.layer.kernel
         hidden_term = kernel_term = None
         if wanted[0]:  # in the other order faster on CPUs
-            kernel = given.layer.kernel
-            hidden_term = dot(kernel, g, 1, 1, dtype).T if way == "tiles" else dot(g, kernel, 1, 1, dtype)
-        if wanted[1]:
-            kernel_term = g if way == "tiles" else _of_kernel(x, of_rows, operand, dtype)
+            term = dot(kernel, rows, 1, 1, dtype).T if way == "tiles" else dot(rows, kernel, 1, 1, dtype)
+            hidden_term = g.for_hidden.scaled(term)
+        if wanted[1] and way == "tiles":
+            kernel_term = rows
+        elif wanted[1]:
+            kernel_term = dot(g.for_kernel.scaled(x).astype(operand), g.for_kernel.rows.astype(operand), 0, 0, dtype)
+            kernel_term -= 0.0 if g.less is None else jnp.sum(g.less * x.astype(dtype), 0)[:, None]
+        bias_term = jnp.sum(g.for_hidden.scaled(g.for_hidden.rows), 0) if wanted[2] else None
+        scale_term = jnp.sum(of_scale) if wanted[3] and of_scale is not None else None
         return loss, known, Gradients(hidden_term, kernel_term, bias_term, scale_term)
 
     if way == "differentiable":
@@ -258,38 +259,6 @@ def loop(options: Options, plan: Plan, chunks: Chunks, wanted: Wanted, arrays: A
     of = zip(gradients, (arrays.hidden, arrays.kernel, arrays.bias, arrays.logit_scale), strict=True)
     losses, known = jax.tree.map(chunks.gather, of_tokens)
     return losses, known, Gradients(*(None if g is None or x is None else kept_as(g, x.dtype) for g, x in of))
-
-
-def _of_kernel(
-    x: Float[Array, "size features"], gradient: Gradient, operand: jnp.dtype, dtype: jnp.dtype
-) -> Float[Array, "features classes"]:
-    """The gradient of the kernel, from that of logits."""
-    if gradient.bare is None or gradient.scale is None:
-        return dot(x, gradient.whole.astype(operand), 0, 0, dtype)
-    scaled = _unless_nothing(gradient.scale, x.astype(dtype)).astype(operand)
-    term = dot(scaled, gradient.bare.astype(operand), 0, 0, dtype)
-    return term if gradient.less is None else term - jnp.sum(gradient.less * x.astype(dtype), 0)[:, None]
-
-
-def _scaled_products(
-    wanted: Wanted, x: Float[Array, "size features"], kernel: Float[Array, "features classes"], gradient: Gradient
-) -> Gradients:
-    """The terms of gradients, all of the bare rows, since nothing of the whole gradient is to be written out."""
-    operand, scale, g = kernel.dtype, gradient.scale, gradient.bare
-    assert scale is not None
-    assert g is not None
-    dtype = scale.dtype
-    return Gradients(
-        _unless_nothing(scale, dot(g.astype(operand), kernel, 1, 1, dtype)) if wanted[0] else None,
-        _of_kernel(x, gradient, operand, dtype) if wanted[1] else None,
-        jnp.sum(scale * g.astype(dtype), 0) if wanted[2] else None,
-        None,
-    )
-
-
-def _unless_nothing(scale: Float[Array, "size 1"], x: Float[Array, "size ..."]) -> Float[Array, "size ..."]:
-    """`scale * x`, without the NaNs of what does not count."""
-    return jnp.where(scale == 0.0, 0.0, scale * x)
 
 
 def in_range(scale: Array, dtype: DTypeLike) -> tuple[Array, Array | None]:

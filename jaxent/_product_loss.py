@@ -79,17 +79,31 @@ def product_losses(
     return label_rows(_from_label(sums), y, axis=axis)
 
 
-class Gradient(NamedTuple):
-    """Of losses with respect to logits: itself, and, where that is asked for, rows that make it up once scaled.
+class Rows(NamedTuple):
+    """Rows of logits, and for each a number that they are yet to be multiplied by."""
 
-    Two products of which each is made of exponentials in its own way keep no gradient, which some TPUs' compilers
-    would write out for two that are made of the same.
+    rows: Float[Array, "tokens classes"]
+    scale: Float[Array, "tokens 1"] | None = None
+
+    def scaled(self, x: Float[Array, "tokens ..."]) -> Float[Array, "tokens ..."]:
+        """`x` multiplied by these numbers, without the NaNs of what does not count."""
+        return x if self.scale is None else jnp.where(self.scale == 0.0, 0.0, self.scale * x.astype(self.scale.dtype))
+
+
+class Gradient(NamedTuple):
+    """Of losses with respect to logits, as the products for two gradients take it: not always the same.
+
+    What both take, some TPUs' compilers write out. What each makes of exponentials in its own way they do not.
     """
 
-    whole: Float[Array, "tokens classes"]
-    bare: Float[Array, "tokens classes"] | None = None
-    scale: Float[Array, "tokens 1"] | None = None
-    less: Float[Array, "tokens 1"] | None = None  # and then so much less, for every class
+    for_hidden: Rows
+    for_kernel: Rows
+    less: Float[Array, "tokens 1"] | None = None  # of the latter, scaled, so much less for every class
+
+
+def gradient_of(rows: Float[Array, "tokens classes"]) -> Gradient:
+    """The same for both, and as it is."""
+    return Gradient(Rows(rows), Rows(rows))
 
 
 def product_losses_and_gradient(
@@ -110,27 +124,42 @@ def product_losses_and_gradient(
     counts = (y >= 0) & reduce(or_, (row != 0.0 for row in factors if row is not None)) if scaled else None
     sums, e = _sums(layer, near, x, y, axis, stored, counts if near.apart else None)
     assert e is not None
-    label, rows = axis.one_hot(y, e), label_rows(_from_label(sums), y, axis=axis)
+    label, parts = axis.one_hot(y, e), label_rows(_from_label(sums), y, axis=axis)
     whole = label_gradient(sums, label, e.astype(sums.others.dtype), y, *factors, axis=axis)
     if counts is None:
-        return rows, Gradient(whole)
+        return parts, gradient_of(whole)
     own, others = axis.squeeze(jnp.exp(sums.d)), axis.squeeze(sums.others)
     a, u, z = (jnp.zeros_like(own) if row is None else row for row in factors)
-    shared = u + 2.0 * z * rows[2]
+    shared = u + 2.0 * z * parts[2]
     least = jnp.finfo(a.dtype).eps * a  # about the rounding of the sum, which is divided by
     scale = jnp.where(jnp.abs(a + shared) < jnp.abs(least), least, a + shared)
     of_label = jnp.where(scale == 0.0, 0.0, (shared * own - a * others) / scale)
-    if near.apart:  # a GPU's compiler would write another array
-        first = axis.start(e)
-        here = counts & (y >= first) & (y < first + e.shape[1])
-        place = jnp.arange(len(y)), jnp.where(here, y - first, 0)
-        e = e.at[place].set(jnp.where(here, of_label.astype(stored), e[place]), unique_indices=True)
-    else:
-        e = jnp.where(label, axis.expand(of_label).astype(stored), jnp.where(axis.expand(counts), e, 0))
-    scale, less = (
-        axis.expand(jnp.where(counts, row, 0.0)) for row in (scale / (others + own), u / max(axis.size(e), 1))
-    )
-    return rows, Gradient(whole, e, scale, None if factors[1] is None else less)
+    scale = axis.expand(jnp.where(counts, scale / (others + own), 0.0))
+    if near.apart:
+        rows = Rows(_with_label(e, y, counts, of_label, axis), scale)
+        return parts, Gradient(rows, rows)
+    of_label, counts = axis.expand(of_label), axis.expand(counts)
+    bare = Rows(jnp.where(label, of_label.astype(stored), jnp.where(counts, e, 0)), scale)
+    if factors[1] is not None:
+        return parts, Gradient(Rows(whole), bare, jnp.where(counts, axis.expand(u) / max(axis.size(e), 1), 0.0))
+    # Scaled as far as no number is rounded by it.
+    power = jnp.exp2(jnp.floor(jnp.log2(jnp.where(scale == 0.0, 1.0, jnp.abs(scale)))))
+    rows = jnp.where(label, power * of_label, jnp.where(counts, power * e.astype(power.dtype), 0.0))
+    return parts, Gradient(Rows(rows, scale / power), bare)
+
+
+def _with_label(
+    e: Float[Array, "tokens classes"],
+    y: Integer[Array, " tokens"],
+    counts: Bool[Array, " tokens"],
+    x: Row,
+    axis: ClassAxis,
+) -> Float[Array, "tokens classes"]:
+    """`e` with `x` for the label, written where it lies: a GPU's compiler would make another array of a selection."""
+    first = axis.start(e)
+    here = counts & (y >= first) & (y < first + e.shape[1])
+    place = jnp.arange(len(y)), jnp.where(here, y - first, 0)
+    return e.at[place].set(jnp.where(here, x.astype(e.dtype), e[place]), unique_indices=True)
 
 
 def product_losses_and_gradients(
