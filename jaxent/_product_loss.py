@@ -142,8 +142,9 @@ def product_losses_and_gradient(
     bare = Rows(jnp.where(label, of_label.astype(stored), jnp.where(counts, e, 0)), scale)
     if factors[1] is not None:
         return parts, Gradient(Rows(whole), bare, jnp.where(counts, axis.expand(u) / max(axis.size(e), 1), 0.0))
-    # Scaled as far as no number is rounded by it.
-    power = jnp.exp2(jnp.floor(jnp.log2(jnp.where(scale == 0.0, 1.0, jnp.abs(scale)))))
+    # Scaled by powers of two that are no larger, which rounds no number.
+    power = jax.lax.reduce_precision(0.5 * scale, jnp.finfo(scale.dtype).nexp, 0)
+    power = jnp.where(power == 0.0, 1.0, power)
     rows = jnp.where(label, power * of_label, jnp.where(counts, power * e.astype(power.dtype), 0.0))
     return parts, Gradient(Rows(rows, scale / power), bare)
 
