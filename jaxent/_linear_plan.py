@@ -1,4 +1,8 @@
-"""How each machine goes over tokens and classes of a linear layer's losses: only time and memory depend on it."""
+"""How each machine goes over tokens and classes of a linear layer's losses.
+
+Only time and memory depend on it, but for float32 on a TPU: exponentials are rounded before they wait, or when they
+are multiplied, as that machine does anyway.
+"""
 
 from functools import partial
 from typing import Any, Literal, NamedTuple
@@ -29,6 +33,9 @@ Machine = Literal["cpu", "tpu", "cuda", "rocm"]
 # in memory but no tiles, or without, see _product_loss.py; then the gradient is made of exponentials in its products,
 # or, for one of them or both, is these with rows yet to be scaled.
 Way = Literal["differentiable", "tiles", "logits", "fused", "scaled"]
+
+
+_LARGE_FAST_MEMORY = 2**27  # TPUs with less keep a gradient that two products take
 
 
 class Plan(NamedTuple):
@@ -88,22 +95,25 @@ def _in_products(machine: Machine, options: Options, wanted: Wanted, arrays: Arr
     operand, parts = jnp.result_type(arrays.hidden, arrays.kernel), unseen_parts(arrays.hidden)
     way = _way(machine, options, wanted, arrays)
     filled = _filled_up(options, arrays) if machine == "cuda" and way != "logits" and fit(*arrays[:2]) else None
-    stored = operand if way == "logits" else _dtype_of_exponentials(wanted, arrays, rounded=chip is not None)
+    # As a TPU rounds what it multiplies, unless somebody asks for more; of plain JAX, it may be another that does.
+    rounded = way == "scaled" and chip is not None and options.loss.implementation is None
+    stored = operand if way == "logits" else _dtype_of_exponentials(wanted, arrays, rounded=rounded)
 
-    # In bytes of logits in the dtype of sums: the arrays of a chunk, and on TPUs hidden states and their gradient
-    # beside it, some at least, since chunks do not make these any fewer.
+    # In bytes of logits in the dtype of sums: the arrays of a chunk.
     wide = compute_dtype(arrays).itemsize
-    beside = min(features / max(classes, 1), SHARE / 4) if known and on_tpu else 0.0
-    held = [(stored.itemsize + operand.itemsize * beside) / wide]
+    held = [stored.itemsize / wide]
     has_logits = way == "logits" or not (on_tpu or filled is not None)
-    if has_logits or (way == "fused" and not on_tpu):  # or the gradient that is made of exponentials
+    keeps = not on_tpu or (chip is not None and chip.fast_memory < _LARGE_FAST_MEMORY)
+    if has_logits or (way == "fused" and keeps):  # or the gradient that is made of exponentials
         held.append(1.0 if has_logits else operand.itemsize / wide)
     gradient = arrays.kernel.dtype.itemsize / wide if wanted[1] else None
     # A TPU v7x lays bfloat16 anew for its products, where the gradient will be.
     room = None if chip is not None and chip.generation > 6 and operand == jnp.bfloat16 else gradient
     least = 2 if on_tpu else 3
     fitting = partial(chunk_size_for_memory, tokens, features, held, parts, gradient=room, least=least)
-    size = fitting(SHARE - beside)
+    # And on TPUs the gradient of hidden states and a chunk of these; not if they are many, which chunks do not help.
+    share = SHARE - 1.5 * min(features / max(classes, 1), SHARE / 4) if known and on_tpu else SHARE
+    size = fitting(share)
 
     by_class = on_tpu and lies_by_class(features, classes)
     one_chunk = is_one_chunk(tokens, options.chunk_size)
@@ -115,7 +125,7 @@ def _in_products(machine: Machine, options: Options, wanted: Wanted, arrays: Arr
         if walks and pays_to_walk_twice(tokens, size, chip.flops_per_byte):
             block = block_of_classes(tokens, classes, size)
         elif 2 * wide * features * classes <= chip.fast_memory:  # where the compiler keeps the sum of the gradient
-            size = fitting(SHARE - beside + features / tokens)
+            size = fitting(share + features / tokens)
     when = "never"
     if one_chunk or at_once or block:
         if all_count or parts > 1 or one_chunk:
@@ -135,8 +145,8 @@ def _way(machine: Machine, options: Options, wanted: Wanted, arrays: Arrays) -> 
         return "logits"
     if is_easily_underflown(jnp.result_type(arrays.hidden, arrays.kernel)):  # it has not the range of exponentials
         return "fused"
-    # A GPU scales the rows of both products, and writes the label's entry in place.
-    scales = machine == "tpu" or (arrays.added.uniform is None and unseen_parts(arrays.hidden) == 1)
+    # What a smoothed loss adds to a gradient is no multiple of a probability. GPUs write the label's entry in place.
+    scales = arrays.added.uniform is None and (machine == "tpu" or unseen_parts(arrays.hidden) == 1)
     return "scaled" if scales else "fused"
 
 
@@ -145,7 +155,7 @@ def _dtype_of_exponentials(wanted: Wanted, arrays: Arrays, *, rounded: bool) -> 
     operand = jnp.result_type(arrays.hidden, arrays.kernel)
     config: Any = jax.config
     if rounded and operand == jnp.float32 and config.jax_default_matmul_precision is None:
-        operand = jnp.dtype(jnp.bfloat16)  # as TPUs round what they multiply, unless somebody asks for more
+        operand = jnp.dtype(jnp.bfloat16)
     return dtype_of_exponentials(operand, bias)
 
 

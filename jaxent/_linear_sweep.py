@@ -35,8 +35,8 @@ from ._linear_plan import differentiable as differentiable_plan
 from ._product_divergence import Pair, Tokens, product_divergences_and_gradients
 from ._product_loss import center, product_losses_and_gradients
 
-# By platform, as JAX calls it when it lowers; "xla" is whoever has no way of its own, and plain JAX.
-MACHINES: dict[str, Machine] = {"cpu": "cpu", "cuda": "cuda", "rocm": "rocm", "xla": "tpu"}
+# Whose way a platform goes, as JAX calls it when it lowers; "xla" stands for all others, and for plain JAX.
+MACHINE_OF: dict[str, Machine] = {"cpu": "cpu", "cuda": "cuda", "rocm": "rocm", "xla": "tpu"}
 _SHARE_OF_PAIRS = 0.05  # of one model's logits, what is held of both models' at most
 _Scale = Float[Array, "tokens ..."] | None
 _Swept = tuple[Float[Array, "tokens ..."], Known | None, Gradients]
@@ -64,7 +64,7 @@ def sweep(
         return loop(options, plan, chunks_of(arrays, plan.size, counts, skip=False), wanted, arrays, scale)
 
     def by(platform: str) -> Callable[..., _Swept]:
-        return partial(_by_machine, MACHINES[platform], options, wanted)
+        return partial(_by_machine, MACHINE_OF[platform], options, wanted)
 
     if options.loss.implementation == "xla":
         return by("xla")(arrays, scale, counts)
@@ -189,7 +189,6 @@ def loop(options: Options, plan: Plan, chunks: Chunks, wanted: Wanted, arrays: A
             kernel_term = rows
         elif wanted[1]:
             kernel_term = dot(g.for_kernel.scaled(x).astype(operand), g.for_kernel.rows.astype(operand), 0, 0, dtype)
-            kernel_term -= 0.0 if g.less is None else jnp.sum(g.less * x.astype(dtype), 0)[:, None]
         bias_term = jnp.sum(g.for_hidden.scaled(g.for_hidden.rows), 0) if wanted[2] else None
         scale_term = jnp.sum(of_scale) if wanted[3] and of_scale is not None else None
         return loss, known, Gradients(hidden_term, kernel_term, bias_term, scale_term)

@@ -98,7 +98,6 @@ class Gradient(NamedTuple):
 
     for_hidden: Rows
     for_kernel: Rows
-    less: Float[Array, "tokens 1"] | None = None  # of the latter, scaled, so much less for every class
 
 
 def gradient_of(rows: Float[Array, "tokens classes"]) -> Gradient:
@@ -119,18 +118,18 @@ def product_losses_and_gradient(
 ) -> tuple[tuple[Row, Row, Row], Gradient]:
     """`label_loss_and_gradient` of their logits; the gradient is as precise as exponentials that are `stored` so.
 
-    If it is `scaled`, the bare rows are the exponentials where they lie, but for the label's.
+    It can be `scaled` without the mean over all classes, whose part of a gradient is no multiple of a probability:
+    its rows are then the exponentials, but for the label's, and each is rounded once.
     """
-    counts = (y >= 0) & reduce(or_, (row != 0.0 for row in factors if row is not None)) if scaled else None
-    sums, e = _sums(layer, near, x, y, axis, stored, counts if near.apart else None)
+    sums, e = _sums(layer, near, x, y, axis, stored, _counting(y, factors) if scaled and near.apart else None)
     assert e is not None
     label, parts = axis.one_hot(y, e), label_rows(_from_label(sums), y, axis=axis)
-    whole = label_gradient(sums, label, e.astype(sums.others.dtype), y, *factors, axis=axis)
-    if counts is None:
-        return parts, gradient_of(whole)
-    own, others = axis.squeeze(jnp.exp(sums.d)), axis.squeeze(sums.others)
-    a, u, z = (jnp.zeros_like(own) if row is None else row for row in factors)
-    shared = u + 2.0 * z * parts[2]
+    if not scaled:
+        return parts, gradient_of(label_gradient(sums, label, e.astype(sums.others.dtype), y, *factors, axis=axis))
+    a, u, z = factors
+    assert u is None
+    counts, own, others = _counting(y, factors), axis.squeeze(jnp.exp(sums.d)), axis.squeeze(sums.others)
+    a, shared = jnp.zeros_like(own) if a is None else a, jnp.zeros_like(own) if z is None else 2.0 * z * parts[2]
     least = jnp.finfo(a.dtype).eps * a  # about the rounding of the sum, which is divided by
     scale = jnp.where(jnp.abs(a + shared) < jnp.abs(least), least, a + shared)
     of_label = jnp.where(scale == 0.0, 0.0, (shared * own - a * others) / scale)
@@ -138,15 +137,19 @@ def product_losses_and_gradient(
     if near.apart:
         rows = Rows(_with_label(e, y, counts, of_label, axis), scale)
         return parts, Gradient(rows, rows)
-    of_label, counts = axis.expand(of_label), axis.expand(counts)
-    bare = Rows(jnp.where(label, of_label.astype(stored), jnp.where(counts, e, 0)), scale)
-    if factors[1] is not None:
-        return parts, Gradient(Rows(whole), bare, jnp.where(counts, axis.expand(u) / max(axis.size(e), 1), 0.0))
-    # Scaled by powers of two that are no larger, which rounds no number.
+    # For the product before which hidden states are scaled, they are multiplied by powers of two, which rounds none,
+    # and no state underflows.
     power = jax.lax.reduce_precision(0.5 * scale, jnp.finfo(scale.dtype).nexp, 0)
     power = jnp.where(power == 0.0, 1.0, power)
-    rows = jnp.where(label, power * of_label, jnp.where(counts, power * e.astype(power.dtype), 0.0))
-    return parts, Gradient(Rows(rows, scale / power), bare)
+    of_label, counts = axis.expand(of_label), axis.expand(counts)
+    bare = jnp.where(counts, jnp.where(label, of_label.astype(stored), e), 0)
+    other = jnp.where(counts, power * jnp.where(label, of_label, e.astype(power.dtype)), 0.0)
+    return parts, Gradient(Rows(bare, scale), Rows(other, scale / power))
+
+
+def _counting(y: Integer[Array, " tokens"], factors: tuple[Row | None, ...]) -> Bool[Array, " tokens"]:
+    """Which tokens have a gradient."""
+    return (y >= 0) & reduce(or_, (row != 0.0 for row in factors if row is not None))
 
 
 def _with_label(

@@ -665,7 +665,7 @@ def test_kernels_of_a_gpu_where_classes_are_split(size, monkeypatch):
     expected = jax.value_and_grad(loss, (0, 1))(*arrays)
 
     monkeypatch.setitem(product.KERNELS, "cpu", gpu_product.__name__)
-    monkeypatch.setitem(_linear_sweep.MACHINES, "cpu", "cuda")
+    monkeypatch.setitem(_linear_sweep.MACHINE_OF, "cpu", "cuda")
     found = _with_split_classes(loss, arrays, monkeypatch, check_vma=False)
     assert set(served) == {((16, 16), (16, 16))}
     _assert_near(found, expected)
@@ -681,7 +681,7 @@ def test_few_tokens_walk_along_their_devices_classes(check_vma, monkeypatch):
 
     walked, walk = [], _linear_sweep.walk_along_classes
     monkeypatch.setattr(_linear_sweep, "walk_along_classes", lambda *given: (walked.append(1), walk(*given))[1])
-    monkeypatch.setitem(_linear_sweep.MACHINES, "cpu", "tpu")
+    monkeypatch.setitem(_linear_sweep.MACHINE_OF, "cpu", "tpu")
     monkeypatch.setattr(_linear_plan, "tpu", lambda: Chip(2**27, 560.0, 6))
     found = _with_split_classes(loss, arrays, monkeypatch, check_vma=check_vma)
     assert walked

@@ -130,7 +130,7 @@ def _interpreted():
 @pytest.fixture
 def accelerators(monkeypatch):
     """A CPU walks over a linear layer's outputs as TPUs do."""
-    monkeypatch.setitem(_linear_sweep.MACHINES, "cpu", "tpu")
+    monkeypatch.setitem(_linear_sweep.MACHINE_OF, "cpu", "tpu")
     jax.clear_caches()
     yield
     jax.clear_caches()

@@ -23,7 +23,7 @@ def interpreted(monkeypatch):
     for name, size in (("TOKENS", 16), ("CLASSES", 32), ("FEATURES", 16)):
         monkeypatch.setattr(gpu_product, name, size)
     monkeypatch.setitem(product.KERNELS, "cpu", gpu_product.__name__)
-    monkeypatch.setitem(_linear_sweep.MACHINES, "cpu", "cuda")
+    monkeypatch.setitem(_linear_sweep.MACHINE_OF, "cpu", "cuda")
     losses = _linear_losses.linear_losses.__wrapped__  # jitted anew, or what was traced before would go another way
     anew = jax.jit(lambda arrays, weight, options: losses(arrays, weight, options), static_argnums=2)
     monkeypatch.setattr(_linear_cross_entropy, "linear_losses", anew)

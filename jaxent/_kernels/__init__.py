@@ -40,7 +40,7 @@ MACHINES = {  # by platform, as JAX calls it when it lowers
 }
 
 
-# That of `jax.extend.core`, whose package imports all of Pallas: a third of what `import jaxent` would take.
+# That of `jax.extend.core`, as a test says. Its package imports all of Pallas, a third of what `import jaxent` took.
 Primitive: Any = type(jax.lax.add_p)
 
 # For `jax.jit` of what kernels want to see the arguments of: JAX 0.12 says when a program takes up another.

@@ -16,7 +16,8 @@ class Chip(NamedTuple):
 def tpu() -> Chip | None:
     """The TPU at hand, or that which the mesh of `jax.set_mesh` describes; None if there is none.
 
-    Programs may be compiled for another, so nothing but their speed and memory depends on it.
+    Programs may be compiled for another, so nothing but their speed and memory depends on it, and no precision but
+    what all TPUs round away.
     """
     described: Any = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
     kind = described.device_kind if described is not None else jax.devices()[0].device_kind
