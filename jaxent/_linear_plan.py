@@ -30,11 +30,9 @@ from ._product_loss import dtype_of_exponentials, lies_by_class
 
 Machine = Literal["cpu", "tpu", "cuda", "rocm"]
 # How a loop goes: so that AD can differentiate it, with tiles added to the kernel's gradient one by one, with logits
-# in memory but no tiles, or without, see _product_loss.py; then the gradient is made of exponentials in its products,
-# or, for one of them or both, is these with rows yet to be scaled.
+# in memory but no tiles, or without, see _product_loss.py; then the gradient is made of exponentials, or the products
+# take these, with rows yet to be scaled.
 Way = Literal["differentiable", "tiles", "logits", "fused", "scaled"]
-
-
 _LARGE_FAST_MEMORY = 2**27  # TPUs with less keep a gradient that two products take
 
 
