@@ -91,7 +91,7 @@ def _in_products(machine: Machine, options: Options, wanted: Wanted, arrays: Arr
     known = all(isinstance(size, int) for size in (tokens, features, classes)) and tokens > 0
     on_tpu, chip = machine == "tpu", tpu() if machine == "tpu" else None
     operand, parts = jnp.result_type(arrays.hidden, arrays.kernel), unseen_parts(arrays.hidden)
-    way = _way(machine, options, wanted, arrays)
+    way = _way(options, wanted, arrays)
     filled = _filled_up(options, arrays) if machine == "cuda" and way != "logits" and fit(*arrays[:2]) else None
     # As a TPU rounds what it multiplies, unless somebody asks for more; of plain JAX, it may be another that does.
     rounded = way == "scaled" and chip is not None and options.loss.implementation is None
@@ -133,7 +133,7 @@ def _in_products(machine: Machine, options: Options, wanted: Wanted, arrays: Arr
     return Plan(way, _size(options, size), when, block, stored, by_class, not on_tpu, filled or 0)
 
 
-def _way(machine: Machine, options: Options, wanted: Wanted, arrays: Arrays) -> Way:
+def _way(options: Options, wanted: Wanted, arrays: Arrays) -> Way:
     smoothed = arrays.added.uniform is not None and arrays.weight is not None
     indices = jnp.issubdtype(arrays.labels.dtype, jnp.integer)
     plain = indices and not smoothed and arrays.where is None and options.softcap is None and not wanted[3]
@@ -143,9 +143,9 @@ def _way(machine: Machine, options: Options, wanted: Wanted, arrays: Arrays) -> 
         return "logits"
     if is_easily_underflown(jnp.result_type(arrays.hidden, arrays.kernel)):  # it has not the range of exponentials
         return "fused"
-    # What a smoothed loss adds to a gradient is no multiple of a probability. GPUs write the label's entry in place.
-    scales = arrays.added.uniform is None and (machine == "tpu" or unseen_parts(arrays.hidden) == 1)
-    return "scaled" if scales else "fused"
+    # What a smoothed loss adds to a gradient is no multiple of a probability. Sharded automatically, GPUs could not
+    # write the label's entry in place, and what is yet to be scaled would be reduced in float32.
+    return "scaled" if arrays.added.uniform is None and unseen_parts(arrays.hidden) == 1 else "fused"
 
 
 def _dtype_of_exponentials(wanted: Wanted, arrays: Arrays, *, rounded: bool) -> jnp.dtype:
