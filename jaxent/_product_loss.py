@@ -137,10 +137,10 @@ def product_losses_and_gradient(
     if near.apart:
         rows = Rows(_with_label(e, y, counts, of_label, axis), scale)
         return parts, Gradient(rows, rows)
-    # For the product before which hidden states are scaled, they are multiplied by powers of two, which rounds none,
-    # and no state underflows.
-    power = jax.lax.reduce_precision(0.5 * scale, jnp.finfo(scale.dtype).nexp, 0)
-    power = jnp.where(power == 0.0, 1.0, power)
+    # For the product before which hidden states are scaled, they are multiplied by the next powers of two: that rounds
+    # none, and none underflows whose probability does not. States are halved at most.
+    power = jax.lax.reduce_precision(1.5 * scale, jnp.finfo(scale.dtype).nexp, 0)
+    power = jnp.where((power == 0.0) | jnp.isinf(power), 1.0, power)
     of_label, counts = axis.expand(of_label), axis.expand(counts)
     bare = jnp.where(counts, jnp.where(label, of_label.astype(stored), e), 0)
     other = jnp.where(counts, power * jnp.where(label, of_label, e.astype(power.dtype)), 0.0)
