@@ -7,7 +7,6 @@ are multiplied, as that machine does anyway.
 from functools import partial
 from typing import Any, Literal, NamedTuple
 
-import jax
 import jax.numpy as jnp
 
 from ._chunks import (
@@ -23,7 +22,7 @@ from ._chunks import (
 )
 from ._kernels import are_native
 from ._kernels.chip import tpu
-from ._kernels.product import fit, goes_alone
+from ._kernels.product import default_precision, fit, goes_alone, missing_classes
 from ._label_loss import is_easily_underflown
 from ._linear_given import Arrays, Options, Wanted, compute_dtype
 from ._product_loss import dtype_of_exponentials, lies_by_class
@@ -151,8 +150,7 @@ def _way(options: Options, wanted: Wanted, arrays: Arrays) -> Way:
 def _dtype_of_exponentials(wanted: Wanted, arrays: Arrays, *, rounded: bool) -> jnp.dtype:
     bias = None if arrays.bias is None or not wanted[2] else arrays.bias.dtype
     operand = jnp.result_type(arrays.hidden, arrays.kernel)
-    config: Any = jax.config
-    if rounded and operand == jnp.float32 and config.jax_default_matmul_precision is None:
+    if rounded and operand == jnp.float32 and default_precision() is None:
         operand = jnp.dtype(jnp.bfloat16)
     return dtype_of_exponentials(operand, bias)
 
@@ -160,13 +158,12 @@ def _dtype_of_exponentials(wanted: Wanted, arrays: Arrays, *, rounded: bool) -> 
 def _filled_up(options: Options, arrays: Arrays) -> int | None:
     """How many classes to add, without probability, so that a GPU's kernels can serve; None if they cannot.
 
-    For numbers of classes that are no multiple of 8 a GPU's own products, too, would copy what they multiply.
     An exported program has chunks for kernels, and none of these: that it will be exported is not known here.
     """
     classes: Any = arrays.kernel.shape[1]
     if not goes_alone(arrays.hidden) or not isinstance(classes, int):
         return None
-    more = -classes % 8
+    more = missing_classes(classes, arrays.kernel.dtype)
     # They are hidden by their bias, which a scale might turn around, and a mean of all logits would see.
     seen = arrays.logit_scale is not None or arrays.added.uniform is not None or options.classes.names
     return None if more and seen else more

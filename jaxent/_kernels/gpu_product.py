@@ -15,18 +15,18 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Integer
 
 from .gpu import unavailable
-from .product import Layer, Sums, fit
+from .product import Layer, Sums, fit, missing_classes
 from .rows import struct
 
 INTERPRET: Any = False  # tests run the kernels on CPUs
-TOKENS, CLASSES, FEATURES = 128, 256, 64  # of a block
+TOKENS, CLASSES, FEATURES = 128, 256, 128  # of a block; features in bytes
 WARPS, STAGES = 8, 3
 
 
 def serves(layer: Layer, x: Array) -> bool:
     """Whether such logits are made here."""
     classes: Any = layer.weight.shape[1]
-    fits = fit(x, layer.weight) and not layer.by_class and classes % 8 == 0 < classes
+    fits = fit(x, layer.weight) and not layer.by_class and missing_classes(classes, x.dtype) == 0 < classes
     return fits and (INTERPRET or unavailable() is None)
 
 
@@ -101,17 +101,18 @@ def _kernel(write: Callable[..., None], shape: tuple[int, ...], layer: Any, x: A
     i, j = pl.program_id(0), pl.program_id(1)
     places = j * CLASSES + jax.lax.broadcasted_iota(jnp.int32, (1, CLASSES), 1)
     inside = i * TOKENS + jax.lax.iota(jnp.int32, TOKENS) < tokens
+    size = FEATURES // x.dtype.itemsize
     block = _Block(pl.ds(i * TOKENS, TOKENS), pl.ds(j * CLASSES, CLASSES), j, inside, places < classes, places)
 
     def add(k: Any, logits: Array) -> Array:
-        some = pl.ds(k * FEATURES, FEATURES)
-        there = k * FEATURES + jax.lax.iota(jnp.int32, FEATURES) < features
+        some = pl.ds(k * size, size)
+        there = k * size + jax.lax.iota(jnp.int32, size) < features
         of_tokens = plgpu.load(x.at[block.rows, some], mask=inside[:, None] & there[None], other=0.0)
         of_classes = plgpu.load(layer.weight.at[some, block.columns], mask=there[:, None] & block.classes, other=0.0)
         return logits + plgpu.dot(of_tokens, of_classes)
 
     nothing = jnp.zeros((TOKENS, CLASSES), jnp.float32)
-    logits = jax.lax.fori_loop(0, pl.cdiv(features, FEATURES), add, nothing)
+    logits = jax.lax.fori_loop(0, pl.cdiv(features, size), add, nothing)
     if layer.bias is not None:
         bias = plgpu.load(layer.bias.at[block.columns], mask=block.classes[0], other=0.0)
         logits += bias.astype(jnp.float32)[None]

@@ -108,10 +108,25 @@ KERNELS = {"cuda": "jaxent._kernels.gpu_product"}  # by platform: functions of t
 
 
 def fit(x: Any, weight: Any) -> bool:
-    """Whether a kernel may serve: products of bfloat16, of features in words of 16 bytes."""
+    """Whether a kernel may serve: products of bfloat16 and, as a GPU rounds them by default, of float32.
+
+    Of features in words of 16 bytes.
+    """
     features = x.shape[1]
     whole = isinstance(features, int) and features % 8 == 0 < features
-    return x.dtype == weight.dtype == jnp.bfloat16 and whole and not is_old_gpu()
+    rounded = x.dtype == jnp.float32 and default_precision() is None
+    return x.dtype == weight.dtype and (rounded or x.dtype == jnp.bfloat16) and whole and not is_old_gpu()
+
+
+def missing_classes(classes: int, dtype: DTypeLike) -> int:
+    """How many it wants more: of bfloat16 whole words, or it could not copy ahead, nor XLA multiply what is odd."""
+    return -classes % 8 if dtype == jnp.bfloat16 else 0
+
+
+def default_precision() -> str | None:
+    """What somebody asks of products: None is as the machine would."""
+    config: Any = jax.config
+    return config.jax_default_matmul_precision
 
 
 def goes_alone(x: Array) -> bool:
@@ -127,9 +142,12 @@ def _function(name: str, plain: Callable[..., Any]) -> Callable[..., Any]:
     primitive = Primitive(f"jaxent_product_{name}")
     primitive.multiple_results = True
 
-    def form(f: Callable[..., Any], *leaves: Any, tree: Any, batches: Sequence[Any], **options: Any) -> Any:
+    def form(
+        f: Callable[..., Any], *leaves: Any, tree: Any, batches: Sequence[Any], precision: Any, **options: Any
+    ) -> Any:
         def run(*leaves: Any) -> tuple[Any, ...]:
-            return tuple(jax.tree.leaves(f(*jax.tree.unflatten(tree, leaves), **options)))
+            with jax.default_matmul_precision(precision):  # of when it was called, which may be over
+                return tuple(jax.tree.leaves(f(*jax.tree.unflatten(tree, leaves), **options)))
 
         for dims in batches:
             run = jax.vmap(run, dims)
@@ -173,7 +191,7 @@ def _function(name: str, plain: Callable[..., Any]) -> Callable[..., Any]:
 
     def bound(*arguments: Any, **options: Any) -> list[Any]:
         leaves, tree = jax.tree.flatten(arguments)
-        return primitive.bind(*leaves, tree=tree, batches=(), **options)
+        return primitive.bind(*leaves, tree=tree, batches=(), precision=default_precision(), **options)
 
     return bound
 
