@@ -49,12 +49,14 @@ def chunk_size_for_memory(
     """
     if not isinstance(tokens, int):  # of a size that is known when it runs
         return 1024
-    result = 0.0
+    result, enough = 0.0, ENOUGH * parts
+    if isinstance(features, int):  # many features, or many chunks would read and write their sum
+        enough = max(ENOUGH, 2 * features) * parts
     if gradient is not None and isinstance(features, int):
         result = gradient * features / max(tokens, 1)
         if gradient == 1.0:  # the result is the sum, which takes nothing then
             share, result = share + result, 0.0
-    steps = max(least, -(-tokens // (ENOUGH * parts)))
+    steps = max(least, -(-tokens // enough))
     while 16 * steps < tokens and not _fit(held, 1.0 / steps, share, result):
         steps += 1
     # Chunks that fill the tiles of matrix units, where the number of tokens allows; but no more chunks than necessary

@@ -213,7 +213,7 @@ def loop(options: Options, plan: Plan, chunks: Chunks, wanted: Wanted, arrays: A
         loss, known, terms = products(x, given, y, counts, s)
         of_hidden, of_kernel, of_bias, of_scale = gradients
         if of_hidden is not None and terms.hidden is not None:
-            of_hidden = chunks.put(of_hidden, terms.hidden, i)
+            of_hidden = chunks.put(of_hidden, kept_as(terms.hidden, hidden.dtype), i)
         if terms.kernel is not None:
             if of_kernel is None:
                 of_kernel = terms.kernel
@@ -238,7 +238,7 @@ def loop(options: Options, plan: Plan, chunks: Chunks, wanted: Wanted, arrays: A
     start = (
         (nothing, Known(nothing, nothing.astype(jnp.int32)) if options.loss.stats else None),
         Gradients(
-            chunks.spread(jnp.broadcast_to(zero, hidden.shape)) if wanted[0] else None,
+            chunks.spread(jnp.broadcast_to(kept_as(zero, hidden.dtype), hidden.shape)) if wanted[0] else None,
             jnp.broadcast_to(zero, (features, classes + filled)) if wanted[1] and not apart_first else None,
             jnp.broadcast_to(zero, classes + filled) if wanted[2] else None,
             zero if wanted[3] else None,
