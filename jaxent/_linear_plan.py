@@ -44,6 +44,7 @@ class Plan(NamedTuple):
     block: int | None = None  # which then walks twice, the second time over so many classes after one another
     stored: Any = None  # the dtype of exponentials
     by_class: bool = False  # how the kernel lies in memory
+    unset: bool = False  # the first chunk makes the sum of the kernel's gradient, and nobody a zero
     apart: bool = False  # maxima are better made apart, see `Center`
     filled: int = 0  # classes to add, for the sake of the kernel's size
 
@@ -129,7 +130,10 @@ def _in_products(machine: Machine, options: Options, wanted: Wanted, arrays: Arr
             when = "always"
         elif tokens <= ENOUGH:  # for more, a second program would be compiled for little
             when = "if all count"
-    return Plan(way, _size(options, size), when, block, stored, by_class, not on_tpu, filled or 0)
+    # What was never set has a layout of its own, and cannot be split; and where the sum is the gradient itself, a last
+    # look at whether there were any chunks would be a pass over it.
+    unset = on_tpu and parts == 1 and block is None and arrays.kernel.dtype != compute_dtype(arrays)
+    return Plan(way, _size(options, size), when, block, stored, by_class, unset, not on_tpu, filled or 0)
 
 
 def _way(options: Options, wanted: Wanted, arrays: Arrays) -> Way:

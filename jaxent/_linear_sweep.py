@@ -220,6 +220,8 @@ def loop(options: Options, plan: Plan, chunks: Chunks, wanted: Wanted, arrays: A
             elif way == "tiles":
                 by_class = unseen_parts(given.layer.kernel) == 1
                 of_kernel = _add_product(of_kernel, x, terms.kernel, by_class=by_class)
+            elif plan.unset:
+                of_kernel = jnp.where(i > 0, of_kernel, 0.0) + terms.kernel
             else:
                 of_kernel = of_kernel + terms.kernel
         if of_bias is not None and terms.bias is not None:
@@ -235,11 +237,15 @@ def loop(options: Options, plan: Plan, chunks: Chunks, wanted: Wanted, arrays: A
 
     zero = vary(jnp.zeros((), dtype), *jax.tree.leaves((arrays, scale)))
     nothing = chunks.spread(jnp.broadcast_to(options.classes.total(zero), rows))
+    of_kernel = None
+    if wanted[1] and not apart_first:
+        size = features, classes + filled
+        of_kernel = vary(jax.lax.empty(size, dtype), zero) if plan.unset else jnp.broadcast_to(zero, size)
     start = (
         (nothing, Known(nothing, nothing.astype(jnp.int32)) if options.loss.stats else None),
         Gradients(
             chunks.spread(jnp.broadcast_to(kept_as(zero, hidden.dtype), hidden.shape)) if wanted[0] else None,
-            jnp.broadcast_to(zero, (features, classes + filled)) if wanted[1] and not apart_first else None,
+            of_kernel,
             jnp.broadcast_to(zero, classes + filled) if wanted[2] else None,
             zero if wanted[3] else None,
         ),
@@ -248,6 +254,8 @@ def loop(options: Options, plan: Plan, chunks: Chunks, wanted: Wanted, arrays: A
     if tokens and not once:  # Without tokens nothing can be indexed, even in a loop of no steps.
         begun = jax.lax.fori_loop(int(apart_first), chunks.steps, step, begun)
     of_tokens, gradients = begun
+    if plan.unset and not apart_first and gradients.kernel is not None:
+        gradients = gradients._replace(kernel=jnp.where(chunks.steps > 0, gradients.kernel, 0.0))
     if gradients.hidden is not None:
         gradients = gradients._replace(hidden=chunks.gather(gradients.hidden))
     if filled:
