@@ -109,9 +109,7 @@ def _in_products(machine: Machine, options: Options, wanted: Wanted, arrays: Arr
     room = None if chip is not None and chip.generation > 6 and operand == jnp.bfloat16 else gradient
     least = 2 if on_tpu else 3
     fitting = partial(chunk_size_for_memory, tokens, features, held, parts, gradient=room, least=least)
-    # And on TPUs the gradient of hidden states and a chunk of these; not if they are many, which chunks do not help.
-    share = SHARE - 1.5 * min(features / max(classes, 1), SHARE / 4) if known and on_tpu else SHARE
-    size = fitting(share)
+    size = fitting(SHARE)
 
     by_class = on_tpu and lies_by_class(features, classes)
     one_chunk = is_one_chunk(tokens, options.chunk_size)
@@ -123,15 +121,15 @@ def _in_products(machine: Machine, options: Options, wanted: Wanted, arrays: Arr
         if walks and pays_to_walk_twice(tokens, size, chip.flops_per_byte):
             block = block_of_classes(tokens, classes, size)
         elif 2 * wide * features * classes <= chip.fast_memory:  # where the compiler keeps the sum of the gradient
-            size = fitting(share + features / tokens)
+            size = fitting(SHARE + features / tokens)
     when = "never"
     if one_chunk or at_once or block:
         if all_count or parts > 1 or one_chunk:
             when = "always"
         elif tokens <= ENOUGH:  # for more, a second program would be compiled for little
             when = "if all count"
-    # What was never set has a layout of its own, and cannot be split; and where the sum is the gradient itself, a last
-    # look at whether there were any chunks would be a pass over it.
+    # What was never set has a layout of its own, and cannot be split. Where the sum is the gradient itself, to ask at
+    # last whether there were any chunks would be a pass over it.
     unset = on_tpu and parts == 1 and block is None and arrays.kernel.dtype != compute_dtype(arrays)
     return Plan(way, _size(options, size), when, block, stored, by_class, unset, not on_tpu, filled or 0)
 
