@@ -109,7 +109,9 @@ def _in_products(machine: Machine, options: Options, wanted: Wanted, arrays: Arr
     room = None if chip is not None and chip.generation > 6 and operand == jnp.bfloat16 else gradient
     least = 2 if on_tpu else 3
     fitting = partial(chunk_size_for_memory, tokens, features, held, parts, gradient=room, least=least)
-    size = fitting(SHARE)
+    # And on TPUs chunks of hidden states and of their gradient; not if they are many, which chunks do not help.
+    share = SHARE - 1.5 * min(features / max(classes, 1), SHARE / 4) if known and on_tpu else SHARE
+    size = fitting(share)
 
     by_class = on_tpu and lies_by_class(features, classes)
     one_chunk = is_one_chunk(tokens, options.chunk_size)
@@ -121,7 +123,7 @@ def _in_products(machine: Machine, options: Options, wanted: Wanted, arrays: Arr
         if walks and pays_to_walk_twice(tokens, size, chip.flops_per_byte):
             block = block_of_classes(tokens, classes, size)
         elif 2 * wide * features * classes <= chip.fast_memory:  # where the compiler keeps the sum of the gradient
-            size = fitting(SHARE + features / tokens)
+            size = fitting(share + features / tokens)
     when = "never"
     if one_chunk or at_once or block:
         if all_count or parts > 1 or one_chunk:
