@@ -138,7 +138,7 @@ def product_losses_and_gradient(
         rows = Rows(_with_label(e, y, counts, of_label, axis), scale)
         return parts, Gradient(rows, rows)
     # For the product before which hidden states are scaled, they are multiplied by powers of two: that rounds none,
-    # and none underflows whose probability does not, as these powers are the next larger ones.
+    # and none underflows whose gradient does not, as these powers are no smaller than its scale.
     power = jax.lax.reduce_precision(1.5 * scale, jnp.finfo(scale.dtype).nexp, 0)
     power = jnp.where((power == 0.0) | jnp.isinf(power), 1.0, power)
     of_label, counts = axis.expand(of_label), axis.expand(counts)
