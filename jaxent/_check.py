@@ -316,18 +316,18 @@ def _unsigned(dtype: np.dtype) -> tuple[np.dtype, int]:
 
 def check_range(
     labels: LabelArray, classes: int, ignore_index: int | None, sample_weight: WeightArray | None
-) -> None:
-    """Require class indices, if these are such, of which there are so many.
+) -> bool:
+    """Require class indices, if these are such, of which there are so many; whether all were seen to be right.
 
     What an example without weight has for a label is nobody's business.
     """
     # Traced labels have no values yet, and a process cannot read what other hosts hold: both give NaN later.
     if _kind(labels.dtype) == "floating" or isinstance(labels, Tracer) or isinstance(sample_weight, Tracer):
-        return
+        return False
     if jax.process_count() > 1:
         for x in (labels, sample_weight):
             if isinstance(x, jax.Array) and not x.is_fully_addressable:
-                return
+                return False
     # numpy, not jnp: under an outer trace jnp would trace even a concrete array.
     values = np.asarray(labels)
     if values.dtype.kind not in "iu":
@@ -335,14 +335,14 @@ def check_range(
     dtype, numbers = _unsigned(values.dtype)
     unsigned, limit = values.view(dtype), min(classes, numbers)
     if not unsigned.size or unsigned.item(unsigned.argmax()) < limit:  # a third of the time of `max`
-        return
+        return True
     wrong = unsigned >= limit
     if ignore_index is not None:
         wrong &= values != ignore_index
     if sample_weight is not None:
         wrong &= np.asarray(sample_weight) != 0
     if not np.count_nonzero(wrong):
-        return
+        return sample_weight is None
     position = tuple(int(i) for i in np.argwhere(wrong)[0])
     place = f"labels[{', '.join(map(str, position))}]" if position else "labels"
     allowed = "" if ignore_index is None else f" or equal ignore_index={ignore_index}"

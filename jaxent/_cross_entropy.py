@@ -152,11 +152,11 @@ def cross_entropy(
     labels = check_labels("logits", logits.shape, labels, classes, ignore_index)
     check_weight(weight, logits.shape[classes.index])
     check_sample_weight(sample_weight, classes.rows(logits.shape))
-    check_range(labels, logits.shape[classes.index] * classes.parts(), ignore_index, sample_weight)
+    checked = check_range(labels, logits.shape[classes.index] * classes.parts(), ignore_index, sample_weight)
     check_smoothing(label_smoothing)
     check_scalar("z_loss", z_loss)
     check_implementation(implementation)
-    options = loss_options(classes, ignore_index, reduction, implementation, bool(return_stats))
+    options = loss_options(classes, ignore_index, reduction, implementation, bool(return_stats), checked)
     return _cross_entropy(logits, labels, where, weight, sample_weight, added(label_smoothing, z_loss), options)
 
 
@@ -168,6 +168,7 @@ class LossOptions(NamedTuple):
     reduction: Reduction
     implementation: Implementation | None
     stats: bool = False
+    checked: bool = False  # whether labels are known to be right
 
 
 loss_options = functools.cache(LossOptions)  # one object for equal options, see class_axis
@@ -233,8 +234,8 @@ def read_target(
     if jnp.issubdtype(labels.dtype, jnp.floating):
         return None
     dtype = compute_dtype(x.dtype)
-    axis, ignored = options.axis, options.ignore_index
-    return read_labels(labels, axis.size(x), weight, ignored, dtype, axis.names, sample_weight)
+    axis, ignored, checked = options.axis, options.ignore_index, options.checked
+    return read_labels(labels, axis.size(x), weight, ignored, dtype, axis.names, sample_weight, checked)
 
 
 def scale_of(

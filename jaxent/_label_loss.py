@@ -89,8 +89,8 @@ def label_total(
     how: How, stats: bool, x: Float[Array, "..."], y: Label, factors: Factors
 ) -> tuple[Float[Array, ""], Parts | None]:
     """The sum of the losses of all rows."""
-    losses, parts = label_losses(how, stats, x, y, factors)
-    return jnp.sum(losses), parts
+    parts = label_parts(how, x, y, stats=stats, terms=factors.terms)
+    return _total(y, parts, factors), parts if stats else None
 
 
 @partial(label_total.defjvp, symbolic_zeros=True)
@@ -103,7 +103,7 @@ def _label_total_jvp(how: How, stats: bool, primals: Any, tangents: Any) -> tupl
     moving = [jnp.sum(along) for along in _along_factors(y, parts, factors_dot)]
     along = add([*moving, how.axis.total(inner(gradient, x_dot))])
     known = parts if stats else None
-    return (jnp.sum(mixed(y, parts, factors)), known), (along, unmoved(known))
+    return (_total(y, parts, factors), known), (along, unmoved(known))
 
 
 def unmoved(known: Any) -> Any:
@@ -138,6 +138,15 @@ def mixed(y: Label, parts: Any, factors: Factors) -> Row:
     if z is not None:
         mixture.append(times(z, lse**2))
     return jnp.where(y < 0, 0.0, add(mixture))
+
+
+def _total(y: Label, parts: Any, factors: Factors) -> Float[Array, ""]:
+    """The sum of all rows, each loss of which is 0 where there is no label."""
+    if any(x is not None and x.ndim for x in factors):
+        return jnp.sum(mixed(y, parts, factors))
+    loss, uniform, lse = parts[:3]
+    losses = loss, uniform, None if factors.z is None else lse**2
+    return add([times(x, jnp.sum(of_x)) for x, of_x in zip(factors, losses, strict=True) if x is not None])
 
 
 def _along_factors(y: Label, parts: Any, factors_dot: Factors) -> list[Row]:

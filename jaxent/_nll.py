@@ -99,11 +99,11 @@ def nll(
     labels = check_labels("log_probs", log_probs.shape, labels, classes, ignore_index)
     check_weight(weight, log_probs.shape[classes.index])
     check_sample_weight(sample_weight, classes.rows(log_probs.shape))
-    check_range(labels, log_probs.shape[classes.index] * classes.parts(), ignore_index, sample_weight)
-    return _nll(log_probs, labels, weight, sample_weight, classes, ignore_index, reduction)
+    checked = check_range(labels, log_probs.shape[classes.index] * classes.parts(), ignore_index, sample_weight)
+    return _nll(log_probs, labels, weight, sample_weight, classes, ignore_index, reduction, checked)
 
 
-@partial(jax.jit, static_argnums=(4, 5, 6), inline=INLINE)  # so that a kernel may see where log_probs come from
+@partial(jax.jit, static_argnums=(4, 5, 6, 7), inline=INLINE)  # so that a kernel may see where log_probs come from
 def _nll(
     log_probs: FloatArray,
     labels: LabelArray,
@@ -112,6 +112,7 @@ def _nll(
     axis: ClassAxis,
     ignore_index: int | None,
     reduction: Reduction,
+    checked: bool,
 ) -> Float[Array, "..."]:
     log_p = jnp.asarray(log_probs)
     dtype, rows = compute_dtype(log_p.dtype), axis.rows(log_p.shape)
@@ -121,7 +122,7 @@ def _nll(
         loss = expected_nll(log_p, q, axis)
         scale = scale_of_all(rows, axis.size(log_p), v, reduction, dtype)
         return reduced(loss if v is None else times(v, loss), scale)
-    target = read_labels(labels, axis.size(log_p), weight, ignore_index, dtype, axis.names, v)
+    target = read_labels(labels, axis.size(log_p), weight, ignore_index, dtype, axis.names, v, checked)
     place = partial(_place, axis, log_p.shape[axis.index], log_p.dtype)
     loss = axis.total(linear(partial(_pick, axis), place, (target.label,), log_p))
     loss = loss if target.weight is None else loss * target.weight
@@ -170,21 +171,24 @@ def read_labels(
     dtype: DTypeLike,
     axis_names: tuple[str, ...] = (),
     sample_weight: Float[Array, "..."] | None = None,
+    checked: bool = False,
 ) -> Target:
     """Class indices, and which of them count. Of an example without weight the label may be out of range."""
     labels = jnp.asarray(labels)
     if labels.dtype.itemsize < 4:  # so that `classes` and `ignore_index` fit the dtype they are compared in
         labels = labels.astype(jnp.int32)
     largest = jnp.iinfo(jnp.int32).max
-    label = jnp.where(labels < 0, largest, jnp.minimum(labels, largest)).astype(jnp.int32)
+    label = jnp.minimum(labels, largest).astype(jnp.int32)
+    if not checked:
+        label = jnp.where(labels < 0, largest, label)
     counts = counting(labels, ignore_index)
     if counts is not None:
         label = jnp.where(counts, label, -1)
     if sample_weight is not None:
         label = jnp.where((sample_weight == 0.0) & (label >= classes), -1, label)
-    if not axis_names and not any(jax.typeof(label).sharding.spec):
+    if not (checked or axis_names or any(jax.typeof(label).sharding.spec)):
         # Adds 0, looked up so that `checkify.index_checks` reports what is out of range; XLA makes nothing of it.
-        label += jnp.zeros(1, jnp.int32).at[(label >= classes).astype(jnp.int32)].get(mode="fill", fill_value=0)
+        label += jnp.zeros(1, jnp.int32).at[(label >= classes).astype(jnp.uint32)].get(mode="clip")
     return Target(label, None if weight is None else _weight_of(label, jnp.asarray(weight, dtype), axis_names))
 
 
@@ -233,12 +237,11 @@ def scale_of_each(
     """For class indices: the mean divides by the summed weights of what counts."""
     if reduction != "mean":
         return Scale(None if reduction == "none" else jnp.ones((), dtype))
-    counts = target.label >= 0
-    weight = target.weight
+    counts, weight = (target.label >= 0).astype(dtype), target.weight
     if sample_weight is not None:
-        weight = times(sample_weight, counts.astype(dtype) if weight is None else weight)
-        counts &= sample_weight != 0.0
-    counted = jnp.sum(counts, dtype=dtype)
+        weight = times(sample_weight, counts if weight is None else weight)
+        counts = jnp.where(sample_weight == 0.0, 0.0, counts)
+    counted = jnp.sum(counts)
     return _mean(counted if weight is None else jnp.sum(weight), counted)
 
 
