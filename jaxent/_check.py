@@ -13,7 +13,7 @@ from jax.core import Tracer
 from jax.typing import DTypeLike
 from jaxtyping import Bool, Float, Inexact, Integer, Shaped
 
-from ._class_axis import ClassAxis, merge_axes
+from ._class_axis import ClassAxis, class_axis, merge_axes
 from ._kernels import implementations
 
 AnyArray: TypeAlias = jax.Array | np.ndarray
@@ -73,7 +73,7 @@ def check_dtype(dtype: DTypeLike | None) -> None:
         raise TypeError(f"dtype must be a floating dtype that JAX has, got {wanted}")
 
 
-def normalize_axis(name: str, shape: tuple[int, ...], axis: int) -> int:
+def _normalize_axis(name: str, shape: tuple[int, ...], axis: int) -> int:
     """`axis` counted from the front."""
     try:
         index = operator.index(axis)
@@ -88,22 +88,26 @@ def normalize_axis(name: str, shape: tuple[int, ...], axis: int) -> int:
     return index % len(shape)
 
 
-def merging(
-    name: str, shape: tuple[int, ...], axes: tuple[int, ...], axis_name: AxisName | None
-) -> Callable[[Any], Any]:
-    """What makes one class axis, the last, of several, in an array that broadcasts to `shape`."""
-    indices = normalize_axes(name, shape, axes)
-    if axis_name is not None:
-        raise ValueError(f"axis_name needs a single class axis, got axis={axes}")
-    return lambda x: None if x is None else merge_axes(jnp.broadcast_to(x, shape), indices)
-
-
-def normalize_axes(name: str, shape: tuple[int, ...], axes: tuple[int, ...]) -> tuple[int, ...]:
-    """Several axes counted from the front."""
-    indices = tuple(normalize_axis(name, shape, axis) for axis in axes)
+def check_class_axis(
+    name: str, shape: tuple[int, ...], axis: Axis, axis_name: AxisName | None
+) -> tuple[ClassAxis, Callable[[Any], Any]]:
+    """The class axis; and what merges several axes into it, the last, in an array that broadcasts to `shape`."""
+    if not isinstance(axis, tuple):
+        return class_axis(_normalize_axis(name, shape, axis), check_axis_name(axis_name)), _as_it_is
+    indices = tuple(_normalize_axis(name, shape, one) for one in axis)
     if not indices or len(set(indices)) < len(indices):
-        raise ValueError(f"axis must be an axis or several different ones, got {axes}")
-    return indices
+        raise ValueError(f"axis must be an axis or several different ones, got {axis}")
+    if axis_name is not None:
+        raise ValueError(f"axis_name needs a single class axis, got axis={axis}")
+
+    def merged(x: Any) -> Any:
+        return None if x is None else merge_axes(jnp.broadcast_to(x, shape), indices)
+
+    return class_axis(len(shape) - len(indices), ()), merged
+
+
+def _as_it_is(x: Any) -> Any:
+    return x
 
 
 def check_axis_name(axis_name: AxisName | None) -> tuple[str, ...]:

@@ -20,7 +20,7 @@ from ._check import (
     Reduction,
     Scalar,
     WeightArray,
-    check_axis_name,
+    check_class_axis,
     check_floating,
     check_ignore_index,
     check_implementation,
@@ -32,10 +32,8 @@ from ._check import (
     check_smoothing,
     check_weight,
     check_where,
-    merging,
-    normalize_axis,
 )
-from ._class_axis import ClassAxis, class_axis
+from ._class_axis import ClassAxis
 from ._expected_loss import Logits, expected_losses, expected_pass, expected_total
 from ._kernels import INLINE, compute_dtype
 from ._label_loss import Factors, How, Parts, Row, label_losses, label_pass, label_total, mixed
@@ -142,11 +140,9 @@ def cross_entropy(
     """
     check_floating("logits", logits)
     check_where("logits", logits.shape, where)
-    if isinstance(axis, tuple):
-        merge = merging("logits", logits.shape, axis, axis_name)
-        labels = merge(labels) if getattr(labels, "shape", None) == logits.shape else labels
-        logits, where, axis = merge(logits), merge(where), -1
-    classes = class_axis(normalize_axis("logits", logits.shape, axis), check_axis_name(axis_name))
+    classes, merged = check_class_axis("logits", logits.shape, axis, axis_name)
+    labels = merged(labels) if getattr(labels, "shape", None) == logits.shape else labels
+    logits, where = merged(logits), merged(where)
     check_reduction(reduction)
     ignore_index = check_ignore_index(ignore_index)
     labels = check_labels("logits", logits.shape, labels, classes, ignore_index)

@@ -17,16 +17,14 @@ from ._check import (
     FloatArray,
     Reduction,
     WeightArray,
-    check_axis_name,
+    check_class_axis,
     check_floating,
     check_number,
     check_reduction,
     check_sample_weight,
     check_where,
-    merging,
-    normalize_axis,
 )
-from ._class_axis import ClassAxis, class_axis
+from ._class_axis import ClassAxis
 from ._kernels import divergences as plain
 from ._kernels import xla
 from ._kernels.divergences import log_of_mixture, log_of_student
@@ -100,10 +98,8 @@ def distillation_loss(
             f"teacher_logits must have the shape {logits.shape} of logits, got shape {teacher_logits.shape}"
         )
     check_where("logits", logits.shape, where)
-    if isinstance(axis, tuple):
-        merge = merging("logits", logits.shape, axis, axis_name)
-        logits, teacher_logits, where, axis = merge(logits), merge(teacher_logits), merge(where), -1
-    classes = class_axis(normalize_axis("logits", logits.shape, axis), check_axis_name(axis_name))
+    classes, merged = check_class_axis("logits", logits.shape, axis, axis_name)
+    logits, teacher_logits, where = map(merged, (logits, teacher_logits, where))
     check_reduction(reduction)
     check_sample_weight(sample_weight, classes.rows(logits.shape))
     options = _Options(classes, check_divergence(temperature, beta), reduction, bool(train_teacher))

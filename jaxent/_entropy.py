@@ -13,13 +13,11 @@ from ._check import (
     AxisName,
     BoolArray,
     FloatArray,
-    check_axis_name,
+    check_class_axis,
     check_floating,
     check_where,
-    merging,
-    normalize_axis,
 )
-from ._class_axis import ClassAxis, class_axis
+from ._class_axis import ClassAxis
 from ._linear import linear
 from ._softmax import hide_classes, softmax_tangent
 
@@ -64,11 +62,8 @@ def entropy(
     """
     check_floating("logits", logits)
     check_where("logits", logits.shape, where)
-    if isinstance(axis, tuple):
-        merge = merging("logits", logits.shape, axis, axis_name)
-        logits, where, axis = merge(logits), merge(where), -1
-    classes = class_axis(normalize_axis("logits", logits.shape, axis), check_axis_name(axis_name))
-    return _entropy(logits, where, classes)
+    classes, merged = check_class_axis("logits", logits.shape, axis, axis_name)
+    return _entropy(merged(logits), merged(where), classes)
 
 
 @partial(jax.jit, static_argnums=2)

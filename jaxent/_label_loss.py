@@ -5,6 +5,7 @@ smoothing mixes in, and the z-loss, with factors that may differ from row to row
 label of -1 is none, and adds nothing; nor does a row whose factors are all 0, whatever its logits are.
 """
 
+from collections.abc import Iterable
 from functools import partial, reduce
 from operator import and_
 from typing import Any, NamedTuple
@@ -130,23 +131,24 @@ def is_easily_underflown(dtype: DTypeLike) -> bool:
 
 def mixed(y: Label, parts: Any, factors: Factors) -> Row:
     """The mixture of the three losses of each row."""
-    loss, uniform, lse = parts[:3]
-    a, u, z = (None if x is None else jnp.broadcast_to(x, y.shape) for x in factors)
-    mixture = [] if a is None else [times(a, loss)]
-    if u is not None:
-        mixture.append(times(u, uniform))
-    if z is not None:
-        mixture.append(times(z, lse**2))
-    return jnp.where(y < 0, 0.0, add(mixture))
+    return jnp.where(y < 0, 0.0, _weighed(_of_factors(parts, factors), factors.along(y)))
 
 
 def _total(y: Label, parts: Any, factors: Factors) -> Float[Array, ""]:
-    """The sum of all rows, each loss of which is 0 where there is no label."""
+    """The sum of the mixture; a row without a label has losses of 0."""
     if any(x is not None and x.ndim for x in factors):
         return jnp.sum(mixed(y, parts, factors))
+    return _weighed(map(jnp.sum, _of_factors(parts, factors)), factors)
+
+
+def _of_factors(parts: Any, factors: Factors) -> tuple[Row, ...]:
+    """What each factor that there is multiplies."""
     loss, uniform, lse = parts[:3]
-    losses = loss, uniform, None if factors.z is None else lse**2
-    return add([times(x, jnp.sum(of_x)) for x, of_x in zip(factors, losses, strict=True) if x is not None])
+    return of_terms((loss, uniform, None if factors.z is None else lse**2), factors.terms)
+
+
+def _weighed(losses: Iterable[Row], factors: Factors) -> Row:
+    return add(list(map(times, of_terms(factors, factors.terms), losses)))
 
 
 def _along_factors(y: Label, parts: Any, factors_dot: Factors) -> list[Row]:

@@ -18,7 +18,7 @@ from ._check import (
     Labels,
     Reduction,
     WeightArray,
-    check_axis_name,
+    check_class_axis,
     check_floating,
     check_ignore_index,
     check_labels,
@@ -26,10 +26,8 @@ from ._check import (
     check_reduction,
     check_sample_weight,
     check_weight,
-    merging,
-    normalize_axis,
 )
-from ._class_axis import ClassAxis, class_axis
+from ._class_axis import ClassAxis
 from ._kernels import INLINE, compute_dtype, wide
 from ._linear import linear, times
 
@@ -89,11 +87,9 @@ def nll(
         also spelled `jaxent.nll_loss`. `cross_entropy` is this after `log_softmax`, in one step.
     """
     check_floating("log_probs", log_probs)
-    if isinstance(axis, tuple):
-        merge = merging("log_probs", log_probs.shape, axis, axis_name)
-        labels = merge(labels) if getattr(labels, "shape", None) == log_probs.shape else labels
-        log_probs, axis = merge(log_probs), -1
-    classes = class_axis(normalize_axis("log_probs", log_probs.shape, axis), check_axis_name(axis_name))
+    classes, merged = check_class_axis("log_probs", log_probs.shape, axis, axis_name)
+    labels = merged(labels) if getattr(labels, "shape", None) == log_probs.shape else labels
+    log_probs = merged(log_probs)
     ignore_index = check_ignore_index(ignore_index)
     check_reduction(reduction)
     labels = check_labels("log_probs", log_probs.shape, labels, classes, ignore_index)

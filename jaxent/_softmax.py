@@ -21,16 +21,13 @@ from ._check import (
     BoolArray,
     FloatArray,
     Implementation,
-    check_axis_name,
+    check_class_axis,
     check_dtype,
     check_floating,
     check_implementation,
     check_where,
-    merging,
-    normalize_axes,
-    normalize_axis,
 )
-from ._class_axis import ClassAxis, class_axis, split_axes
+from ._class_axis import ClassAxis, split_axes
 from ._linear import linear
 
 
@@ -136,12 +133,9 @@ def _apply(
     check_dtype(dtype)
     check_where("logits", logits.shape, where)
     check_implementation(implementation)
-    if isinstance(axis, tuple):
-        merge = merging("logits", logits.shape, axis, axis_name)
-        out = _apply(function, merge(logits), -1, merge(where), dtype, None, implementation)
-        return split_axes(out, normalize_axes("logits", logits.shape, axis), logits.shape)
-    classes = class_axis(normalize_axis("logits", logits.shape, axis), check_axis_name(axis_name))
-    return _of_shown(function, logits, where, classes, dtype, implementation)
+    classes, merged = check_class_axis("logits", logits.shape, axis, axis_name)
+    out = _of_shown(function, merged(logits), merged(where), classes, dtype, implementation)
+    return split_axes(out, axis, logits.shape) if isinstance(axis, tuple) else out
 
 
 @partial(jax.jit, static_argnums=(0, 3, 4, 5), inline=kernels.INLINE)
