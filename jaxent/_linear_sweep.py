@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from ._chunks import Chunks, chunk_size_for_memory, everywhere, packed_chunks, strided_chunks, unseen_parts
 from ._class_axis import vary
@@ -33,7 +33,7 @@ from ._linear_given import (
 from ._linear_plan import Machine, Plan, can_cut_classes, plan_for
 from ._linear_plan import differentiable as differentiable_plan
 from ._product_divergence import Pair, Tokens, product_divergences_and_gradients
-from ._product_loss import center, product_losses_and_gradients
+from ._product_loss import Center, center, product_losses_and_gradients
 
 # Whose way a platform goes, as JAX calls it when it lowers; "xla" stands for all others, and for plain JAX.
 MACHINE_OF: dict[str, Machine] = {"cpu": "cpu", "cuda": "cuda", "rocm": "rocm", "xla": "tpu"}
@@ -131,10 +131,7 @@ def _walk_twice(
         options.classes, which, pair, tokens, wanted[:3], size, tpu=not holds_logits
     )
 
-    def kept(g: Array | None, x: Array | None) -> Array | None:
-        return None if g is None or x is None else kept_as(g if largest is None else g * largest, x.dtype)
-
-    hidden, kernel, bias = (kept(g, x) for g, x in zip(found, arrays[:3], strict=True))
+    hidden, kernel, bias = (_scaled_back(g, largest, x) for g, x in zip(found, arrays[:3], strict=True))
     return losses, None, Gradients(hidden, kernel, bias, None)
 
 
@@ -158,50 +155,28 @@ def walk_along_classes(
     rows, gradients = product_losses_and_gradients(
         given.layer, near, x, label, losses.factors.times(scale).along(label), options.classes, wanted, block
     )
-    of = zip(gradients, arrays[:3], strict=True)
-    hidden, kernel, bias = (None if g is None or x is None else kept_as(g, x.dtype) for g, x in of)
+    hidden, kernel, bias = (_scaled_back(g, None, x) for g, x in zip(gradients, arrays[:3], strict=True))
     loss = jnp.where(counts, mixed(label, rows, losses.factors), 0.0)
     return loss, None, Gradients(hidden, kernel, bias, None)
 
 
 def loop(options: Options, plan: Plan, chunks: Chunks, wanted: Wanted, arrays: Arrays, scale: _Scale) -> _Swept:
     """Chunks of tokens one after the other."""
-    hidden, labels, dtype, way, filled = arrays.hidden, arrays.labels, compute_dtype(arrays), plan.way, plan.filled
-    tokens, (features, classes) = hidden.shape[0], arrays.kernel.shape
-    given = given_by(arrays, by_class=plan.by_class, filled=filled)
+    dtype, way, tokens = compute_dtype(arrays), plan.way, arrays.hidden.shape[0]
+    given = given_by(arrays, by_class=plan.by_class, filled=plan.filled)
     operand = given.layer.kernel.dtype
     near = center(given.layer, options.classes, apart=plan.apart) if way in ("fused", "scaled") else None
     scale, largest = (None, None) if scale is None else in_range(scale, operand)
-
-    def products(
-        x: Array, given: Given, labels: Array, counts: Array, s: Array
-    ) -> tuple[Array, Known | None, Gradients]:
-        if not any(wanted):
-            return *losses_of(options, given, near, x, labels), Gradients(None, None, None, None)
-        of_logits = partial(losses_and_gradient_of, options, given, near, plan.stored, scaled=way == "scaled")
-        loss, known, g, of_scale = of_logits(x, labels, counts, s)
-        rows, kernel = g.for_hidden.rows.astype(operand), given.layer.kernel
-        hidden_term = kernel_term = None
-        if wanted[0]:  # in the other order faster on CPUs
-            term = dot(kernel, rows, 1, 1, dtype).T if way == "tiles" else dot(rows, kernel, 1, 1, dtype)
-            hidden_term = g.for_hidden.scaled(term)
-        if wanted[1] and way == "tiles":
-            kernel_term = rows
-        elif wanted[1]:
-            kernel_term = dot(g.for_kernel.scaled(x).astype(operand), g.for_kernel.rows.astype(operand), 0, 0, dtype)
-        bias_term = jnp.sum(g.for_hidden.scaled(g.for_hidden.rows), 0) if wanted[2] else None
-        scale_term = jnp.sum(of_scale) if wanted[3] and of_scale is not None else None
-        return loss, known, Gradients(hidden_term, kernel_term, bias_term, scale_term)
-
-    if way == "differentiable":
-        products = jax.checkpoint(products)
-    once = near is not None and isinstance(chunks.steps, int) and chunks.steps == 1
+    scale = jnp.ones(options.rows(tokens), dtype) if scale is None else scale
+    by_token = jax.tree.map(chunks.spread, (arrays.hidden, arrays.labels, scale))
     # The first step apart is a second program, of which a GPU's compiler makes no more than a few kernels.
+    once = near is not None and isinstance(chunks.steps, int) and chunks.steps == 1
     apart_first = once or (way == "scaled" and plan.apart and bool(tokens))
-    if apart_first and not once:
-        products = jax.jit(products)  # is traced once
-    rows = options.rows(tokens)
-    by_token = jax.tree.map(chunks.spread, (hidden, labels, jnp.ones(rows, dtype) if scale is None else scale))
+    of_chunk = partial(_of_chunk, options, plan, wanted, near)
+    if way == "differentiable":
+        of_chunk = jax.checkpoint(of_chunk)
+    elif apart_first and not once:
+        of_chunk = jax.jit(of_chunk)  # is traced once
 
     def step(i: Any, carry: tuple[Any, Gradients]) -> tuple[Any, Gradients]:
         of_tokens, gradients = carry
@@ -210,62 +185,105 @@ def loop(options: Options, plan: Plan, chunks: Chunks, wanted: Wanted, arrays: A
         x = jnp.where(counts[:, None], x, 0).astype(operand)  # NaNs of a row that does not count must not spread
         y = y if arrays.teacher is None else jnp.where(counts[:, None], y, 0)
         s = jnp.where(beside(s, counts), s, 0.0)
-        loss, known, terms = products(x, given, y, counts, s)
-        of_hidden, of_kernel, of_bias, of_scale = gradients
-        if of_hidden is not None and terms.hidden is not None:
-            of_hidden = chunks.put(of_hidden, kept_as(terms.hidden, hidden.dtype), i)
-        if terms.kernel is not None:
-            if of_kernel is None:
-                of_kernel = terms.kernel
-            elif way == "tiles":
-                by_class = unseen_parts(given.layer.kernel) == 1
-                of_kernel = _add_product(of_kernel, x, terms.kernel, by_class=by_class)
-            elif plan.unset:
-                of_kernel = jnp.where(i > 0, of_kernel, 0.0) + terms.kernel
-            else:
-                of_kernel = of_kernel + terms.kernel
-        if of_bias is not None and terms.bias is not None:
-            of_bias = of_bias + terms.bias
-        if of_scale is not None and terms.logit_scale is not None:
-            of_scale = of_scale + terms.logit_scale
+        loss, known, terms = of_chunk(given, x, y, counts, s)
 
         def put(rows: Array, some: Array) -> Array:
             return chunks.put(rows, jnp.where(beside(some, counts), some, jnp.zeros((), some.dtype)), i)
 
         of_tokens = jax.tree.map(put, of_tokens, (loss, jax.lax.stop_gradient(known)))
-        return of_tokens, Gradients(of_hidden, of_kernel, of_bias, of_scale)
+        return of_tokens, _with_chunk(plan, chunks, i, x, gradients, terms)
 
     zero = vary(jnp.zeros((), dtype), *jax.tree.leaves((arrays, scale)))
-    nothing = chunks.spread(jnp.broadcast_to(options.classes.total(zero), rows))
-    of_kernel = None
-    if wanted[1] and not apart_first:
-        size = features, classes + filled
-        of_kernel = vary(jax.lax.empty(size, dtype), zero) if plan.unset else jnp.broadcast_to(zero, size)
-    start = (
-        (nothing, Known(nothing, nothing.astype(jnp.int32)) if options.loss.stats else None),
-        Gradients(
-            chunks.spread(jnp.broadcast_to(kept_as(zero, hidden.dtype), hidden.shape)) if wanted[0] else None,
-            of_kernel,
-            jnp.broadcast_to(zero, classes + filled) if wanted[2] else None,
-            zero if wanted[3] else None,
-        ),
-    )
-    begun = step(0, start) if apart_first else start
+    losses = chunks.spread(jnp.broadcast_to(options.classes.total(zero), options.rows(tokens)))
+    of_tokens = losses, Known(losses, losses.astype(jnp.int32)) if options.loss.stats else None
+    begun = of_tokens, _nothing(plan, chunks, wanted, arrays, zero, has_first=apart_first)
+    if apart_first:
+        begun = step(0, begun)
     if tokens and not once:  # Without tokens nothing can be indexed, even in a loop of no steps.
         begun = jax.lax.fori_loop(int(apart_first), chunks.steps, step, begun)
-    of_tokens, gradients = begun
-    if plan.unset and not apart_first and gradients.kernel is not None:
-        gradients = gradients._replace(kernel=jnp.where(chunks.steps > 0, gradients.kernel, 0.0))
-    if gradients.hidden is not None:
-        gradients = gradients._replace(hidden=chunks.gather(gradients.hidden))
-    if filled:
-        of_kernel, of_bias = (None if g is None else g[..., :classes] for g in (gradients.kernel, gradients.bias))
-        gradients = gradients._replace(kernel=of_kernel, bias=of_bias)
-    if largest is not None:
-        gradients = Gradients(*(None if g is None else g * largest for g in gradients))
-    of = zip(gradients, (arrays.hidden, arrays.kernel, arrays.bias, arrays.logit_scale), strict=True)
+    of_tokens, (of_hidden, of_kernel, of_bias, of_scale) = begun
+    if of_hidden is not None:
+        of_hidden = chunks.gather(of_hidden)
+    if of_kernel is not None and plan.unset and not apart_first:
+        of_kernel = jnp.where(chunks.steps > 0, of_kernel, 0.0)
+    if plan.filled:
+        of_kernel, of_bias = (None if g is None else g[..., : arrays.kernel.shape[1]] for g in (of_kernel, of_bias))
+    found = zip((of_hidden, of_kernel, of_bias, of_scale), arrays[:4], strict=True)
     losses, known = jax.tree.map(chunks.gather, of_tokens)
-    return losses, known, Gradients(*(None if g is None or x is None else kept_as(g, x.dtype) for g, x in of))
+    return losses, known, Gradients(*(_scaled_back(g, largest, x) for g, x in found))
+
+
+def _of_chunk(
+    options: Options,
+    plan: Plan,
+    wanted: Wanted,
+    near: Center | None,
+    given: Given,
+    x: Float[Array, "size features"],
+    labels: Array,
+    counts: Bool[Array, " size"],
+    scale: Float[Array, "size ..."],
+) -> tuple[Float[Array, "size ..."], Known | None, Gradients]:
+    """The losses of some tokens, what else is known of these, and what they add to wanted gradients.
+
+    To the kernel's with tiles, the gradient of logits, which is yet to be multiplied.
+    """
+    if not any(wanted):
+        return *losses_of(options, given, near, x, labels), Gradients(None, None, None, None)
+    loss, known, g, of_scale = losses_and_gradient_of(
+        options, given, near, plan.stored, x, labels, counts, scale, scaled=plan.way == "scaled"
+    )
+    kernel, dtype, tiles = given.layer.kernel, loss.dtype, plan.way == "tiles"
+    rows = g.for_hidden.rows.astype(kernel.dtype)
+    of_hidden = of_kernel = None
+    if wanted[0]:  # in the other order faster on CPUs
+        of_hidden = dot(kernel, rows, 1, 1, dtype).T if tiles else dot(rows, kernel, 1, 1, dtype)
+        of_hidden = g.for_hidden.scaled(of_hidden)
+    if wanted[1] and tiles:
+        of_kernel = rows
+    elif wanted[1]:
+        x, of_logits = (some.astype(kernel.dtype) for some in (g.for_kernel.scaled(x), g.for_kernel.rows))
+        of_kernel = dot(x, of_logits, 0, 0, dtype)
+    of_bias = jnp.sum(g.for_hidden.scaled(g.for_hidden.rows), 0) if wanted[2] else None
+    of_scale = jnp.sum(of_scale) if wanted[3] and of_scale is not None else None
+    return loss, known, Gradients(of_hidden, of_kernel, of_bias, of_scale)
+
+
+def _nothing(
+    plan: Plan, chunks: Chunks, wanted: Wanted, arrays: Arrays, zero: Array, *, has_first: bool
+) -> Gradients:
+    """Gradients before the first chunk, which is that of the kernel itself if it `has_first`."""
+    classes = arrays.kernel.shape[1] + plan.filled
+    size, of_hidden, of_kernel = (arrays.kernel.shape[0], classes), None, None
+    if wanted[0]:
+        of_hidden = chunks.spread(jnp.broadcast_to(kept_as(zero, arrays.hidden.dtype), arrays.hidden.shape))
+    if wanted[1] and not has_first:
+        of_kernel = vary(jax.lax.empty(size, zero.dtype), zero) if plan.unset else jnp.broadcast_to(zero, size)
+    of_bias = jnp.broadcast_to(zero, classes) if wanted[2] else None
+    return Gradients(of_hidden, of_kernel, of_bias, zero if wanted[3] else None)
+
+
+def _with_chunk(plan: Plan, chunks: Chunks, i: Any, x: Array, so_far: Gradients, terms: Gradients) -> Gradients:
+    """Gradients with those of one chunk more."""
+    of_hidden, of_kernel, of_bias, of_scale = so_far
+    if of_hidden is not None and terms.hidden is not None:
+        of_hidden = chunks.put(of_hidden, kept_as(terms.hidden, of_hidden.dtype), i)
+    if of_kernel is None or terms.kernel is None:
+        of_kernel = terms.kernel
+    elif plan.way == "tiles":
+        of_kernel = _add_product(of_kernel, x, terms.kernel, by_class=unseen_parts(x) == 1)
+    else:
+        of_kernel = (jnp.where(i > 0, of_kernel, 0.0) if plan.unset else of_kernel) + terms.kernel
+    if of_bias is not None and terms.bias is not None:
+        of_bias = of_bias + terms.bias
+    if of_scale is not None and terms.logit_scale is not None:
+        of_scale = of_scale + terms.logit_scale
+    return Gradients(of_hidden, of_kernel, of_bias, of_scale)
+
+
+def _scaled_back(g: Array | None, largest: Array | None, x: Array | None) -> Array | None:
+    """A gradient times what its factors were divided by, as it waits."""
+    return None if g is None or x is None else kept_as(g if largest is None else g * largest, x.dtype)
 
 
 def in_range(scale: Array, dtype: DTypeLike) -> tuple[Array, Array | None]:
