@@ -52,8 +52,8 @@ class ClassAxis:
         return jax.lax.psum(of_part, self.names) if self.names else of_part
 
     def expand(self, row: Num[Array, "..."]) -> Num[Array, "..."]:
-        """A number a row, with the axis."""
-        return jnp.expand_dims(row, self.index)
+        """A number a row, with the axis; one for all rows broadcasts as it is."""
+        return jnp.expand_dims(row, self.index) if row.ndim else row
 
     def squeeze(self, row: Num[Array, "..."]) -> Num[Array, "..."]:
         """The way back."""

@@ -272,14 +272,14 @@ class Mixture(NamedTuple):
         if self.label is not None:
             factors = self.factors.times(scale)
             of_label, gradient = label_pass(
-                how, x.dtype, x, self.label, *factors.given(self.label), stats=stats, terms=factors.terms
+                how, x.dtype, x, self.label, *factors.given, stats=stats, terms=factors.terms
             )
             gradients.append(gradient)
         if self.q is not None:
-            s = self._of_probabilities(how, x, scale)
+            s = self._of_probabilities(scale)
             of_q, gradient = expected_pass(how, x.dtype, x, self.q, s, stats=stats)
             gradients.append(gradient)
-        losses = self._losses(how, x, of_label, of_q, jnp.ones((), scale.dtype))
+        losses = self._losses(of_label, of_q, jnp.ones((), scale.dtype))
         return losses, self._stats(losses, of_label, of_q) if stats else None, add(gradients)
 
     def _added(
@@ -290,19 +290,19 @@ class Mixture(NamedTuple):
             term, of_label = of_labels(how, stats, x, self.label, self.factors.times(scale))
             terms.append(term)
         if self.q is not None:
-            term, of_q = of_probabilities(how, stats, x, self.q, self._of_probabilities(how, x, scale))
+            term, of_q = of_probabilities(how, stats, x, self.q, self._of_probabilities(scale))
             terms.append(term)
         if not stats:
             return add(terms), None
-        return add(terms), self._stats(self._losses(how, x, of_label, of_q, v), of_label, of_q)
+        return add(terms), self._stats(self._losses(of_label, of_q, v), of_label, of_q)
 
-    def _losses(self, how: How, x: Logits, of_label: Parts | None, of_q: Parts | None, v: Row) -> Row:
+    def _losses(self, of_label: Parts | None, of_q: Parts | None, v: Row) -> Row:
         """The losses, from what kernels give, each times its weight."""
         terms = []
         if self.label is not None and of_label is not None:
             terms.append(mixed(self.label, of_label, self.factors.times(v)))
         if of_q is not None:
-            terms.append(times(self._of_probabilities(how, x, v), of_q[0]))
+            terms.append(times(jnp.broadcast_to(self._of_probabilities(v), of_q[0].shape), of_q[0]))
         return add(terms)
 
     def _stats(self, losses: Row, of_label: Parts | None, of_q: Parts | None) -> LossStats:
@@ -310,9 +310,8 @@ class Mixture(NamedTuple):
         assert parts is not None
         return LossStats(losses, *parts[-2:])
 
-    def _of_probabilities(self, how: How, x: Logits, scale: Row) -> Row:
-        shape = how.axis.rows(x.shape)
-        return jnp.broadcast_to(scale, shape) if self.counts is None else jnp.where(self.counts, scale, 0.0)
+    def _of_probabilities(self, scale: Row) -> Row:
+        return scale if self.counts is None else jnp.where(self.counts, scale, 0.0)
 
 
 def mixture(

@@ -42,7 +42,8 @@ def _expected(how: How, stats: bool, summed: bool, x: Logits, q: Logits, s: Row)
         return _losses(how, stats, summed, x, s, q)
     # Split classes have no kernels; the plain form of label_loss knows what is missing.
     fixed, q_fixed = jax.lax.stop_gradient((x, q))
-    _, *known = kernels.label_loss(fixed, jnp.zeros(s.shape, jnp.int32), stats=True, terms=OWN, **how._asdict())
+    nobody = jnp.zeros(how.axis.rows(x.shape), jnp.int32)
+    _, *known = kernels.label_loss(fixed, nobody, stats=True, terms=OWN, **how._asdict())
     losses = _linear_in_q(how, False, fixed, q_fixed, jnp.ones_like(s))
     return _linear_in_q(how, summed, x, q, s), (losses, *known)
 
@@ -50,9 +51,16 @@ def _expected(how: How, stats: bool, summed: bool, x: Logits, q: Logits, s: Row)
 def _linear_in_q(how: How, summed: bool, x: Logits, q: Logits, s: Row) -> Array:
     if how.axis.names:  # JAX knows how sums over devices are transposed
         log_p = kernels.log_softmax(x, dtype=s.dtype, **how._asdict())
-        losses = times(s, expected_nll(log_p, q, how.axis))
-        return jnp.sum(losses) if summed else losses
+        return _weighed(summed, s, expected_nll(log_p, q, how.axis))
     return linear(partial(_value, how, summed), partial(_surprises, how, q.dtype), (x, s), q)
+
+
+def _weighed(summed: bool, s: Row, losses: Row) -> Array:
+    """Losses with their factors, or with the one of all; or their sum."""
+    if summed and not s.ndim:
+        return times(s, jnp.sum(losses))
+    losses = times(jnp.broadcast_to(s, losses.shape), losses)
+    return jnp.sum(losses) if summed else losses
 
 
 def _value(how: How, summed: bool, x: Logits, s: Row, q: Logits) -> Array:
@@ -69,8 +77,7 @@ def _surprises(how: How, dtype: DTypeLike, x: Logits, s: Row, g: Array) -> Logit
 @partial(jax.custom_jvp, nondiff_argnums=(0, 1, 2))
 def _losses(how: How, stats: bool, summed: bool, x: Logits, s: Row, q: Logits) -> tuple[Array, Parts | None]:
     parts = _parts(how, stats, x, q)
-    losses = times(s, parts[0])
-    return jnp.sum(losses) if summed else losses, parts if stats else None
+    return _weighed(summed, s, parts[0]), parts if stats else None
 
 
 @partial(_losses.defjvp, symbolic_zeros=True)
@@ -79,14 +86,13 @@ def _losses_jvp(how: How, stats: bool, summed: bool, primals: Any, tangents: Any
     out, terms = None, []
     if is_perturbed(x_dot) and summed and not is_easily_underflown(x.dtype):
         parts, gradient = expected_pass(how, x.dtype, x, q, s, stats=stats)
-        out = jnp.sum(times(s, parts[0])), parts if stats else None
+        out = _weighed(summed, s, parts[0]), parts if stats else None
         terms.append(inner(gradient, x_dot))
     elif is_perturbed(x_dot):
         along = linear(partial(_along, how), partial(_gradient, how, x.dtype), (x, q, s), x_dot)
         terms.append(jnp.sum(along) if summed else along)
     if is_perturbed(s_dot):
-        losses = times(s_dot, _parts(how, stats, x, q)[0])
-        terms.append(jnp.sum(losses) if summed else losses)
+        terms.append(_weighed(summed, s_dot, _parts(how, stats, x, q)[0]))
     if is_perturbed(q_dot):
         terms.append(_linear_in_q(how, summed, x, q_dot, s))
     value, known = _losses(how, stats, summed, *primals) if out is None else out
@@ -121,9 +127,7 @@ def _expected_loss_jvp(primals: Any, tangents: Any, *, stats: bool = False, **ho
 
 
 def _along_both(how: How, x: Logits, q: Logits, x_dot: Logits | None, q_dot: Logits | None) -> Row:
-    dtype = kernels.compute_dtype(x.dtype)
-    one = jnp.ones(how.axis.rows(x.shape), dtype)
-    terms = []
+    one, terms = jnp.ones((), kernels.compute_dtype(x.dtype)), []
     if x_dot is not None:
         along = linear(partial(_along, how), partial(_gradient, how, x.dtype), (x, q, one), x_dot)
         terms.append(how.axis.total(along))
@@ -137,7 +141,8 @@ def _expected_pass_jvp(
     primals: Any, tangents: Any, *, dtype: DTypeLike, stats: bool = False, **how: Any
 ) -> tuple[Any, Any]:
     (x, q, s), (x_dot, q_dot, s_dot) = primals, tangents
-    axis, along, terms = how["axis"], jnp.zeros_like(s), []
+    axis, terms = how["axis"], []
+    along = jnp.zeros(axis.rows(x.shape), s.dtype)
     counts = axis.expand(s != 0.0)
     shown = jnp.where(counts, x, jnp.zeros((), x.dtype))  # of a row without a factor, NaN must not come back
     if x_dot is not None or q_dot is not None:

@@ -53,9 +53,10 @@ class Factors(NamedTuple):
         """Which of them there are."""
         return self.a is not None, self.u is not None, self.z is not None
 
-    def given(self, like: Label) -> tuple[Row, ...]:
-        """Those that there are as kernels want them: a number for each row."""
-        return tuple(x for x in self.along(like) if x is not None)
+    @property
+    def given(self) -> tuple[Row, ...]:
+        """Those that there are."""
+        return of_terms(self, self.terms)
 
     def along(self, like: Label) -> "Factors":
         """A number for each row, of those that there are."""
@@ -79,7 +80,7 @@ def _label_losses_jvp(how: How, stats: bool, primals: Any, tangents: Any) -> tup
     (x, y, factors), (x_dot, _, factors_dot) = primals, tangents
     moving = _along_factors(y, label_parts(how, x, y, stats=stats, terms=factors.terms), factors_dot)
     if is_perturbed(x_dot):
-        along = _linear_in_x(how, factors.terms, x, y, factors.given(y), x_dot)
+        along = _linear_in_x(how, factors.terms, x, y, factors.given, x_dot)
         moving.append(how.axis.total(along))
     losses, parts = label_losses(how, stats, *primals)
     return (losses, parts), (add(moving), unmoved(parts))
@@ -100,7 +101,7 @@ def _label_total_jvp(how: How, stats: bool, primals: Any, tangents: Any) -> tupl
     if not is_perturbed(x_dot) or is_easily_underflown(x.dtype):
         (losses, parts), (along, unmoving) = _label_losses_jvp(how, stats, primals, tangents)
         return (jnp.sum(losses), parts), (jnp.sum(along), unmoving)
-    parts, gradient = label_pass(how, x.dtype, x, y, *factors.given(y), stats=stats, terms=factors.terms)
+    parts, gradient = label_pass(how, x.dtype, x, y, *factors.given, stats=stats, terms=factors.terms)
     moving = [jnp.sum(along) for along in _along_factors(y, parts, factors_dot)]
     along = add([*moving, how.axis.total(inner(gradient, x_dot))])
     known = parts if stats else None
@@ -148,7 +149,7 @@ def _of_factors(parts: Any, factors: Factors) -> tuple[Row, ...]:
 
 
 def _weighed(losses: Iterable[Row], factors: Factors) -> Row:
-    return add(list(map(times, of_terms(factors, factors.terms), losses)))
+    return add(list(map(times, factors.given, losses)))
 
 
 def _along_factors(y: Label, parts: Any, factors_dot: Factors) -> list[Row]:
@@ -210,7 +211,7 @@ def _label_loss_jvp(
 def _along_rows(how: How, x: Array, y: Label, t: Array, losses: Terms) -> tuple[Row | None, Row | None, Row | None]:
     """The derivatives of these losses."""
     axis, dtype, counts = how.axis, kernels.compute_dtype(x.dtype), y >= 0
-    of_loss = axis.total(_linear_in_x(how, OWN, x, y, (jnp.ones(y.shape, dtype),), t)) if losses[0] else None
+    of_loss = axis.total(_linear_in_x(how, OWN, x, y, (jnp.ones((), dtype),), t)) if losses[0] else None
     if not (losses[1] or losses[2]):
         return of_loss, None, None
     t = t.astype(dtype)
@@ -237,7 +238,8 @@ def _label_pass_jvp(
     (x, y, *factors), (x_dot, _, *factors_dot) = primals, tangents
     axis, losses = how["axis"], results_of(terms, stats)
     out = kernels.label_loss_and_gradient(*primals, dtype=dtype, stats=stats, terms=terms, **how)
-    one, moved = jnp.ones_like(factors[0]), (jnp.zeros_like(factors[0]),) * sum(losses)
+    one = jnp.ones((), factors[0].dtype)
+    moved = (jnp.zeros(y.shape, one.dtype),) * sum(losses)
     counted = jnp.where(reduce(and_, (factor == 0.0 for factor in factors)), -1, y)  # as in the gradient
     moving = []
     for i, factor_dot in enumerate(all_three(factors_dot, terms)):  # the gradient is linear in the factors

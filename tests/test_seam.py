@@ -13,6 +13,7 @@ from jax.extend.core import Primitive
 
 import jaxent
 from jaxent import _kernels as kernels
+from jaxent._class_axis import ClassAxis
 from jaxent._kernels import divergences, product, xla
 
 X = jnp.asarray(np.random.default_rng(0).normal(size=(8, 5)), jnp.float32)
@@ -120,3 +121,35 @@ def test_every_plain_form_is_a_primitive():
     assert public - {"wide", "compute_dtype", "log_of_mixture", "log_of_student"} == {
         name for name in vars(kernels) if hasattr(getattr(kernels, name), "__wrapped__")
     }
+
+
+@pytest.mark.parametrize("factors", [(0.3, -2.0), (0.3,), (0.0, 0.0)])
+@pytest.mark.parametrize("axis", [0, 1])
+def test_one_factor_for_all_rows_is_as_one_for_each(axis, factors):
+    rows = X.shape[1 - axis]
+    how = {"axis": ClassAxis(axis), "dtype": X.dtype, "implementation": "xla"}
+    if len(factors) > 1:
+        y = jnp.arange(rows) % X.shape[axis]
+        f = partial(kernels.label_loss_and_gradient, terms=(True, False, True), **how)
+    else:
+        y = jax.nn.softmax(X[::-1], axis)
+        f = partial(kernels.expected_loss_and_gradient, **how)
+    numbers = [jnp.float32(factor) for factor in factors]
+    of_rows = [jnp.full(rows, factor) for factor in numbers]
+
+    def moved(factors):
+        return jax.jvp(lambda x, *factors: f(x, y, *factors), (X, *factors), (X, *factors))
+
+    def stacked(*some):
+        return jax.tree.map(lambda *x: jnp.stack(x), *some)
+
+    several, twice = ([stacked(x, 2 * x) for x in some] for some in (numbers, of_rows))
+    by_factor = jax.vmap(f, (None, None, *(0,) * len(factors)))
+    by_logits = jax.vmap(f, (0, None, *(None,) * len(factors)))
+    pairs = [
+        (moved(numbers), moved(of_rows)),
+        (by_factor(X, y, *several), stacked(*(f(X, y, *(x[i] for x in twice)) for i in range(2)))),
+        (by_logits(stacked(X, -X), y, *numbers), stacked(f(X, y, *of_rows), f(-X, y, *of_rows))),
+    ]
+    for got, want in zip(*map(jax.tree.leaves, zip(*pairs, strict=True)), strict=True):
+        np.testing.assert_allclose(got, want, rtol=1e-6, atol=1e-7)

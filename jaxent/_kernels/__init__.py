@@ -53,7 +53,10 @@ def implementations() -> tuple[str, ...]:
 
 
 def _row_function(plain: Callable[..., Any]) -> Any:
-    """`plain` as a primitive, of logits and arrays of their shape or of their rows' shape, or of rows only."""
+    """`plain` as a primitive, of logits and arrays of their shape or of their rows' shape, or of rows only.
+
+    A third array and those behind it are factors, which may be one number for all rows.
+    """
     primitive = Primitive(f"jaxent_{plain.__name__}")
     primitive.multiple_results = True
 
@@ -66,9 +69,18 @@ def _row_function(plain: Callable[..., Any]) -> Any:
         return jax.make_jaxpr(partial(form, **options))(*avals).out_avals
 
     def batched(arrays: Any, dims: Any, *, axis: ClassAxis, **options: Any) -> Any:
-        sizes = [x.shape[d] for x, d in zip(arrays, dims, strict=True) if d is not None]
-        arrays = [batch_first(x, d, sizes[0]) for x, d in zip(arrays, dims, strict=True)]
-        out = primitive.bind(*arrays, axis=axis.behind(1), **options)
+        size = next(x.shape[d] for x, d in zip(arrays, dims, strict=True) if d is not None)
+        axis = axis.behind(1)
+        first = [batch_first(x, d, size) for x, d in zip(arrays[:2], dims, strict=False)]
+
+        def factor(x: Any, d: Any) -> Any:
+            if x.ndim > (d is not None):
+                return batch_first(x, d, size)
+            rows = axis.rows(first[0].shape)  # has one number for all of each batch
+            return x if d is None else jnp.broadcast_to(x.reshape(size, *(1,) * (len(rows) - 1)), rows)
+
+        factors = map(factor, arrays[2:], dims[2:])
+        out = primitive.bind(*first, *factors, axis=axis, **options)
         return out, [0] * len(out)
 
     def lower(context: mlir.LoweringRuleContext, *arrays: Any, **options: Any) -> Any:
@@ -139,7 +151,8 @@ def _on_each_device(run: Callable[..., Any], arrays: tuple[Any, ...], axis: Clas
     if not results or max(x.ndim for x in results) > rank or sharding.spec[axis.index] is not None:
         return run
     rows = PartitionSpec(*sharding.spec[: axis.index], *sharding.spec[axis.index + 1 :])
-    specs, out = ([sharding.spec if x.ndim == rank else rows for x in some] for some in (arrays, results))
+    of = {rank: sharding.spec, rank - 1: rows}
+    specs, out = ([of.get(x.ndim, PartitionSpec()) for x in some] for some in (arrays, results))
     mapped = jax.shard_map(run, mesh=sharding.mesh, in_specs=tuple(specs), out_specs=out, axis_names=explicit)
     return lambda *arrays: mapped(
         *(jax.sharding.reshard(x, jax.NamedSharding(sharding.mesh, s)) for x, s in zip(arrays, specs, strict=True))

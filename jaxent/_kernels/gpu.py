@@ -19,7 +19,7 @@ from jax.typing import DTypeLike
 from .._class_axis import ClassAxis
 from . import gpu_few, is_old_gpu, lower_in_place
 from .label_sums import ALL, Terms
-from .rows import Function, Part, Rows, function_of, grouped, over_logits, repeat, struct
+from .rows import Function, Part, Rows, function_of, grouped, over_logits, per_row, repeat, struct
 from .rows import refusal as refusal_of_any
 
 INTERPRET: Any = False  # tests run the kernels on CPUs
@@ -72,7 +72,7 @@ def _kernel(function: Function, classes: int, block: int, *refs: Any) -> None:
     nothing = (jnp.zeros((block,), jnp.float32),) * function.sums
     nowhere = (jnp.full((block,), classes, jnp.int32),) * len(predicted)
     collected = repeat(blocks, collect, (*nothing, *nowhere))
-    known = Rows(m, classes, tuple(ref[row] for ref in given))
+    known = Rows(m, classes, per_row(function, given, lambda ref: ref[row], ()))
     results, coefficients = function.finish(known, *map(jnp.sum, collected[: function.sums]))
     for ref, result in zip(out_rows, results, strict=False):
         ref[row] = result
@@ -100,7 +100,7 @@ def _call(
     shapes = {"o": ((rows, classes), dtype), "s": ((rows,), jnp.float32), "p": ((rows,), jnp.int32)}
 
     def laid_out(x: jax.Array, kind: str) -> jax.Array:
-        return x.reshape((rows, classes) if kind in "xt" else rows)
+        return x.reshape(1 if kind == "f" else (rows, classes) if kind in "xt" else rows)
 
     found = pl.pallas_call(
         partial(_kernel, function, classes, block),
@@ -125,7 +125,7 @@ def _function(name: str) -> Callable[..., Any]:
         terms: Terms = ALL,
         in_place: bool = False,
     ) -> Any:
-        function, classes = function_of(name, stats, terms), axis.size(arrays[0])
+        function, classes = function_of(name, stats, terms).of(*arrays), axis.size(arrays[0])
 
         def narrowed(x: jax.Array, kind: str) -> jax.Array:
             return jnp.clip(x, -1, classes).astype(jnp.int32) if kind == "y" and x.dtype != jnp.int32 else x

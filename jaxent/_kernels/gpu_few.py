@@ -14,7 +14,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jax.typing import DTypeLike
 
-from .rows import Function, Part, Rows, grouped, over_logits, struct
+from .rows import Function, Part, Rows, grouped, over_logits, per_row, struct
 
 MOST_CLASSES = 512
 ENTRIES = 8  # of a thread
@@ -47,7 +47,8 @@ def _kernel(function: Function, classes: int, rows: int, block: tuple[int, int],
     part = Part(x, m, jnp.exp(x - m), t, position == of_rows(labels[0]) if labels else None)
     collected = function.collect(part, *(jnp.zeros(block, jnp.float32),) * function.sums)
     sums = (jnp.sum(jnp.where(is_class, s, 0.0), axis, keepdims=True) for s in collected)
-    results, coefficients = function.finish(Rows(m, classes, tuple(map(of_rows, given))), *sums)
+    known = Rows(m, classes, per_row(function, given, of_rows, m.shape))
+    results, coefficients = function.finish(known, *sums)
     for ref, result in zip(out_rows, results, strict=False):
         store(ref, result)
     for ref in predicted:
@@ -76,7 +77,7 @@ def call(
     rows = of_rows[-1]
 
     def laid_out(x: jax.Array, kind: str) -> jax.Array:
-        return x.reshape(sides if kind in "xt" else of_rows)
+        return x.reshape(1 if kind == "f" else sides if kind in "xt" else of_rows)
 
     shapes = {"o": (sides, dtype), "s": (of_rows, jnp.float32), "p": (of_rows, jnp.int32)}
     found = pl.pallas_call(

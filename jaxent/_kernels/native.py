@@ -73,6 +73,7 @@ def _row_function(name: str, results: str, of_stats: str = "") -> Callable[..., 
         kinds = {"r": row, "p": label, "o": jax.ShapeDtypeStruct(shape, dtype)}
         letters = results.replace("l", "r" * sum(results_of(terms, stats))) + (of_stats if stats else "")
         out = tuple(kinds[kind] for kind in letters)
+        arrays = *arrays[:2], *(jnp.broadcast_to(factor, row.shape) for factor in arrays[2:])
         return _call(name, out, arrays, axis, terms, {0: letters.index("o")} if in_place else None)
 
     return function
@@ -120,7 +121,7 @@ expected_loss_and_gradient = _row_function("expected_loss_and_gradient", "ro", "
 def pick(log_p: jax.Array, y: jax.Array, *, axis: ClassAxis) -> Any:
     """See xla.py."""
     classes = log_p.shape[axis.index]
-    entry = jnp.take_along_axis(log_p, axis.expand(jnp.clip(y, 0, classes - 1)), axis.index)
+    entry = jnp.take_along_axis(log_p, jnp.expand_dims(jnp.clip(y, 0, classes - 1), axis.index), axis.index)
     return jnp.where(y < 0, 0.0, jnp.where(y < classes, -axis.squeeze(entry).astype(jnp.float32), jnp.nan))
 
 

@@ -67,8 +67,9 @@ class Growth(NamedTuple):
 class Function(NamedTuple):
     """A row function, for a machine that says how a row lies in memory.
 
-    Letters stand for arrays: the logits and what has their shape (x, t), labels (y), and numbers a row (r); of the
-    results those of the logits' shape (o), those of a number a row (s), and the first class of the largest logit (p).
+    Letters stand for arrays: the logits and what has their shape (x, t), labels (y), numbers a row (r) or one for all
+    rows (f); of the results those of the logits' shape (o), those of a number a row (s), and the first class of the
+    largest logit (p).
     """
 
     arguments: str
@@ -80,6 +81,11 @@ class Function(NamedTuple):
     entry: Callable[..., Entries] | None = None  # of a Part and the coefficients
     keeps: bool = False  # whether `entry` needs exponentials
     stats: str = ""  # results that there are on request
+
+    def of(self, *arrays: Any) -> "Function":
+        """That of these arrays."""
+        letters = zip(self.arguments, arrays, strict=True)
+        return self._replace(arguments="".join("f" if a == "r" and not x.ndim else a for a, x in letters))
 
 
 def repeat(n: int, f: Callable[[Any, Any], Any], start: Any) -> Any:
@@ -107,7 +113,15 @@ def grouped(function: Function, refs: tuple[Any, ...]) -> tuple[list[Any], ...]:
     names = function.arguments + function.results
     return tuple(
         [ref for ref, name in zip(refs, names, strict=False) if name in some]
-        for some in ("xt", "y", "yr", "s", "o", "p")
+        for some in ("xt", "y", "yrf", "s", "o", "p")
+    )
+
+
+def per_row(function: Function, given: list[Any], of_rows: Callable[[Any], Any], shape: Any) -> tuple[Any, ...]:
+    """What is given of each row, or of all, for rows of this shape."""
+    kinds = (kind for kind in function.arguments if kind in "yrf")
+    return tuple(
+        jnp.full(shape, ref[0]) if kind == "f" else of_rows(ref) for kind, ref in zip(kinds, given, strict=True)
     )
 
 

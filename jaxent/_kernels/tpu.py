@@ -120,10 +120,12 @@ def _function(name: str) -> Callable[..., Any]:
         terms: Terms = ALL,
         in_place: bool = False,
     ) -> Any:
-        function, shape, classes = function_of(name, stats, terms), arrays[0].shape, axis.size(arrays[0])
+        function, shape, classes = function_of(name, stats, terms).of(*arrays), arrays[0].shape, axis.size(arrays[0])
         form = _form(name, arrays, axis.index, dtype, terms)
 
         def as_seen(x: jax.Array, kind: str) -> jax.Array:
+            if kind == "f":
+                return x.reshape(1)
             narrowed = kind == "y" and x.dtype != jnp.int32
             x = jnp.clip(x, -1, classes).astype(jnp.int32) if narrowed else x
             return form.laid_out(x, of_rows=kind not in "xt")

@@ -15,7 +15,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jax.typing import DTypeLike
 
-from .rows import Function, Part, Rows, grouped, repeat, struct
+from .rows import Function, Part, Rows, grouped, per_row, repeat, struct
 from .tpu_parts import BLOCK, LANES, SLACK, SUBLANES, Blocks, Parts, parts, wide
 
 PART = 4  # registers of logits that are worked on at once
@@ -117,7 +117,7 @@ def _kernel(function: Function, plan: Plan, *refs: Any) -> None:
             return (jnp.minimum(so_far[0], jnp.where(load(logits, first, width) == m, at, jnp.inf)),)
 
         sums = plan.parts.fold(collect, shape, function.sums, 0.0, jnp.sum, jnp.add)
-        known = Rows(m, plan.parts.classes, tuple(map(row, given)))
+        known = Rows(m, plan.parts.classes, per_row(function, given, row, m.shape))
         results, coefficients = function.finish(known, *sums)
         for ref, result in zip(out_rows, results, strict=False):
             ref[(slice(0, 1), *rows)] = result
@@ -169,14 +169,14 @@ def call(
     by_entry = pl.BlockSpec(plan.block, place)
     by_row = pl.BlockSpec(of_row(plan.block), place)
     entries = struct(shape, dtype, *arrays)
-    numbers = struct(of_row(shape), jnp.float32, *arrays)
+    of_rows = struct(of_row(shape), jnp.float32, *arrays)
 
     def laid_out(x: jax.Array, kind: str) -> jax.Array:
-        return x if kind in "xt" else jnp.expand_dims(x, axis)
+        return x if kind in "xtf" else jnp.expand_dims(x, axis)
 
     given = tuple(map(laid_out, arrays, function.arguments))
     scratch = [pltpu.VMEM(tuple(n for n in plan.block if n is not None), jnp.float32)] * plan.keeps
-    blocks = Blocks(grid, by_entry, by_entry, by_row, entries, numbers, scratch, plan.memory)
+    blocks = Blocks(grid, by_entry, by_entry, by_row, entries, of_rows, scratch, plan.memory)
     out = blocks.call(partial(_kernel, function, plan), name, function, given, in_place, interpret)
     return tuple(x if kind == "o" else x.squeeze(axis) for x, kind in zip(out, function.results, strict=True))
 

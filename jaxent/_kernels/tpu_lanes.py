@@ -17,7 +17,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jax.typing import DTypeLike
 
-from .rows import Function, Part, Rows, grouped, repeat, struct
+from .rows import Function, Part, Rows, grouped, per_row, repeat, struct
 from .tpu_parts import BLOCK, LANES, SLACK, SUBLANES, Blocks, Parts, parts, wide
 
 PART = 2 * LANES
@@ -130,9 +130,13 @@ def _is_column(rows: jax.Array, i: Any) -> jax.Array:
     return jax.lax.broadcasted_iota(jnp.int32, rows.shape, 1) == i
 
 
+def _transposed(ref: Any) -> jax.Array:
+    return ref[...].T
+
+
 def _kernel(function: Function, plan: Plan, *refs: Any) -> None:
     (logits, *other), labels, given, out_rows, out, predicted = grouped(function, refs)
-    of_rows = tuple(ref[...].T for ref in given)
+    of_rows = per_row(function, given, _transposed, (plan.group, plan.groups))
     block = _Block(
         plan, logits, other[0] if other else None, of_rows[0] if labels else None, refs[-1] if plan.keeps else None
     )
@@ -189,11 +193,13 @@ def call(
     by_entry = pl.BlockSpec((None, plan.rows, classes), _place_of_entries)
     by_row = pl.BlockSpec((None, None, plan.groups, plan.group), _place_of_rows)
     entries = struct((batch, rows, classes), dtype, *arrays)
-    numbers = struct((batch, blocks, plan.groups, plan.group), jnp.float32, *arrays)
+    of_rows = struct((batch, blocks, plan.groups, plan.group), jnp.float32, *arrays)
 
     def laid_out(x: jax.Array, kind: str) -> jax.Array:
         if kind in "xt":
             return x.reshape(batch, rows, classes)
+        if kind == "f":
+            return x
         # Labels are numbers, too, which have room for 2 ** 24 of them.
         x = (jnp.clip(x, -1, classes) if kind == "y" else x).astype(jnp.float32)
         x = jnp.pad(x.reshape(batch, rows), ((0, 0), (0, blocks * plan.rows - rows)))
@@ -206,7 +212,7 @@ def call(
 
     given = tuple(map(laid_out, arrays, function.arguments))
     scratch = [pltpu.VMEM((plan.rows, classes), jnp.float32)] * plan.keeps
-    blocks_of = Blocks((batch, blocks), by_entry, by_entry, by_row, entries, numbers, scratch, plan.memory)
+    blocks_of = Blocks((batch, blocks), by_entry, by_entry, by_row, entries, of_rows, scratch, plan.memory)
     out = blocks_of.call(partial(_kernel, function, plan), name, function, given, in_place, interpret)
     return tuple(map(as_given, out, function.results))
 

@@ -15,7 +15,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jax.typing import DTypeLike
 
-from .rows import Function, Growth, Part, Rows, grouped, struct
+from .rows import Function, Growth, Part, Rows, grouped, per_row, struct
 from .tpu_parts import BLOCK, LANES, SLACK, SUBLANES, Blocks, Parts, parts, wide
 
 PART = 4  # registers of logits that are worked on at once
@@ -131,7 +131,8 @@ def _kernel(function: Function, plan: Plan, *refs: Any) -> None:
     def finish() -> None:
         # Nothing is known of a row whose largest logit is infinite.
         totals = [sums[k] + (m[0] - m[0]) for k in range(function.sums)]
-        results, needed = function.finish(Rows(m[0], classes, tuple(ref[...] for ref in given)), *totals)
+        of_rows = per_row(function, given, lambda ref: ref[...], m[0].shape)
+        results, needed = function.finish(Rows(m[0], classes, of_rows), *totals)
         for ref, result in zip(out_rows, results, strict=False):
             ref[...] = result
         for k, x in enumerate(needed):
@@ -200,7 +201,7 @@ def call(
     scratch += [pltpu.VMEM((plan.blocks, *block), x.dtype) for x in arrays if x.ndim == len(shape)] * plan.keeps
     counts = [pl.cdiv(n, size or 1) for n, size in zip(shape, plan.block, strict=True)]
     given = [
-        x if kind in "xt" else jnp.expand_dims(x, axis) for x, kind in zip(arrays, function.arguments, strict=True)
+        x if kind in "xtf" else jnp.expand_dims(x, axis) for x, kind in zip(arrays, function.arguments, strict=True)
     ]
     blocks = Blocks(
         grid=(*counts[:axis], *counts[axis + 1 :], 1 + (function.entry is not None), plan.blocks),
@@ -224,5 +225,5 @@ def _coefficients(function: Function, shape: tuple[int, ...]) -> int:
     def found(m: jax.Array, *given: jax.Array) -> Any:
         return function.finish(Rows(m, 1, given), *[m] * function.sums)[1]
 
-    given = sum(kind in "yr" for kind in function.arguments)
+    given = sum(kind in "yrf" for kind in function.arguments)
     return max(1, len(jax.eval_shape(found, *[jax.ShapeDtypeStruct(shape, jnp.float32)] * (1 + given))))

@@ -125,11 +125,12 @@ class Blocks(NamedTuple):
         """The kernel's results, of arrays that lie as it wants them."""
         written = [self.entries] * ("o" in function.results)
         entries = math.prod(self.entries.shape)
+        specs = {"x": self.read, "t": self.read, "f": pl.BlockSpec(memory_space=pltpu.SMEM)}
         return pl.pallas_call(
             kernel,
             out_shape=[self.entries if kind == "o" else self.numbers for kind in function.results],
             grid=self.grid,
-            in_specs=[self.read if kind in "xt" else self.by_row for kind in function.arguments],
+            in_specs=[specs.get(kind, self.by_row) for kind in function.arguments],
             out_specs=[self.written if kind == "o" else self.by_row for kind in function.results],
             scratch_shapes=self.scratch,
             compiler_params=pltpu.CompilerParams(

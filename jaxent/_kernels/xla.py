@@ -1,9 +1,9 @@
 r"""The plain form of every row function, for any machine: what a kernel must compute.
 
 Each takes logits $x$ whose classes lie along `axis`, and arrays of their shape or of that of their rows, which is
-without `axis`. Half precision is computed in float32. With the largest logit $m$, $e_k = \exp(x_k - m)$ and
-$T = \sum_k e_k$. Where a class dominates, $1 - p$ of it would be the difference of two nearly equal numbers, and the
-sum over all others is not: docs/numerics.md derives the formulas.
+without `axis`; a factor may be one number for all rows. Half precision is computed in float32. With the largest logit
+$m$, $e_k = \exp(x_k - m)$ and $T = \sum_k e_k$. Where a class dominates, $1 - p$ of it would be the difference of two
+nearly equal numbers, and the sum over all others is not: docs/numerics.md derives the formulas.
 
 Written for the compilers of TPUs and GPUs, which make one pass of sums that wait for nothing but the same maximum.
 """
