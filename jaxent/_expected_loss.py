@@ -14,7 +14,7 @@ from jaxtyping import Array, Float
 from . import _kernels as kernels
 from ._kernels.label_sums import OWN
 from ._label_loss import How, Parts, Row, is_easily_underflown, is_perturbed, unmoved
-from ._linear import inner, linear, times
+from ._linear import inner, linear, sum_times, times
 from ._nll import expected_nll
 from ._softmax import add, log_softmax_cotangent, softmax_tangent
 
@@ -58,7 +58,7 @@ def _linear_in_q(how: How, summed: bool, x: Logits, q: Logits, s: Row) -> Array:
 def _weighed(summed: bool, s: Row, losses: Row) -> Array:
     """Losses with their factors, or with the one of all; or their sum."""
     if summed and not s.ndim:
-        return times(s, jnp.sum(losses))
+        return sum_times(s, losses)
     losses = times(jnp.broadcast_to(s, losses.shape), losses)
     return jnp.sum(losses) if summed else losses
 

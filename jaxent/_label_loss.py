@@ -5,7 +5,6 @@ smoothing mixes in, and the z-loss, with factors that may differ from row to row
 label of -1 is none, and adds nothing; nor does a row whose factors are all 0, whatever its logits are.
 """
 
-from collections.abc import Iterable
 from functools import partial, reduce
 from operator import and_
 from typing import Any, NamedTuple
@@ -20,7 +19,7 @@ from . import _kernels as kernels
 from ._check import Implementation
 from ._class_axis import ClassAxis
 from ._kernels.label_sums import ALL, OWN, Terms, all_three, of_terms, results_of
-from ._linear import inner, linear, times
+from ._linear import inner, linear, sum_times, times
 from ._softmax import add, probabilities, sum_possible
 
 Row = Float[Array, "..."]
@@ -132,24 +131,21 @@ def is_easily_underflown(dtype: DTypeLike) -> bool:
 
 def mixed(y: Label, parts: Any, factors: Factors) -> Row:
     """The mixture of the three losses of each row."""
-    return jnp.where(y < 0, 0.0, _weighed(_of_factors(parts, factors), factors.along(y)))
+    losses = add(list(map(times, factors.along(y).given, _of_factors(parts, factors))))
+    return jnp.where(y < 0, 0.0, losses)
 
 
 def _total(y: Label, parts: Any, factors: Factors) -> Float[Array, ""]:
     """The sum of the mixture; a row without a label has losses of 0."""
-    if any(x is not None and x.ndim for x in factors):
+    if any(x.ndim for x in factors.given):
         return jnp.sum(mixed(y, parts, factors))
-    return _weighed(map(jnp.sum, _of_factors(parts, factors)), factors)
+    return add(list(map(sum_times, factors.given, _of_factors(parts, factors))))
 
 
 def _of_factors(parts: Any, factors: Factors) -> tuple[Row, ...]:
     """What each factor that there is multiplies."""
     loss, uniform, lse = parts[:3]
     return of_terms((loss, uniform, None if factors.z is None else lse**2), factors.terms)
-
-
-def _weighed(losses: Iterable[Row], factors: Factors) -> Row:
-    return add(list(map(times, factors.given, losses)))
 
 
 def _along_factors(y: Label, parts: Any, factors_dot: Factors) -> list[Row]:

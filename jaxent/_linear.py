@@ -117,6 +117,16 @@ def _times(x: Any, factor: Any) -> Any:
     return factor * jnp.where((factor == 0.0) & ~jnp.isfinite(x), 0.0, x)
 
 
+def sum_times(factor: Any, x: Any) -> Any:
+    """The sum of `times` with one factor for all, which may be in range where the sum of `x` is not."""
+    return linear(_sum_times, _sum_times, (x,), factor)
+
+
+def _sum_times(x: Any, factor: Any) -> Any:
+    total = jnp.sum(factor * x)
+    return jnp.where((factor == 0.0) & ~jnp.isfinite(total), 0.0, total)
+
+
 def inner(g: Any, t: Any) -> Any:
     """The sum of `g * t`, in at least float32, for a `g` that is kept as it is."""
     return linear(_inner, partial(_outer, t.dtype), (g,), t)

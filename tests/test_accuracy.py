@@ -340,6 +340,27 @@ def _linear(factor, reduction):
     return jax.vmap(lambda x, label: loss(jnp.zeros(1), jnp.zeros((1, x.size)), label, bias=x))
 
 
+@pytest.mark.parametrize("mode", ["value", "value_and_grad"])
+@pytest.mark.parametrize("kind", ["indices", "smoothing", "z_loss", "probabilities"])
+def test_the_mean_of_losses_whose_sum_overflows(kind, mode):
+    lowest = float(np.finfo(np.float32).min)  # as some mask classes
+    x = np.zeros((8, 3), np.float32)
+    x[:, 0] = 1e19 if kind == "z_loss" else lowest
+    y = np.full(8, int(kind == "smoothing"))
+    q = np.full((8, 3), 1 / 3) if kind == "probabilities" else np.eye(3)[y]
+    smoothing, z_loss = 0.1 * (kind == "smoothing"), 1e-4 * (kind == "z_loss")
+
+    def loss(x):
+        labels = jnp.float32(q) if kind == "probabilities" else y
+        return jaxent.cross_entropy(x, labels, label_smoothing=smoothing, z_loss=z_loss)
+
+    got = loss(x) if mode == "value" else jax.value_and_grad(loss)(x)[0]
+    wide = x.astype(np.float64)
+    lse = np.logaddexp.reduce(wide, 1, keepdims=True)
+    want = np.sum(((1 - smoothing) * q + smoothing / 3) * (lse - wide), 1) + z_loss * lse[:, 0] ** 2
+    np.testing.assert_allclose(got, np.mean(want), rtol=1e-6)
+
+
 @pytest.mark.parametrize("reduction", ["none", "sum"])
 @pytest.mark.parametrize("factor", ["hidden", "kernel", "bias"])
 def test_linear_cross_entropy(factor, reduction):

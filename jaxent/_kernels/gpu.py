@@ -72,7 +72,7 @@ def _kernel(function: Function, classes: int, block: int, *refs: Any) -> None:
     nothing = (jnp.zeros((block,), jnp.float32),) * function.sums
     nowhere = (jnp.full((block,), classes, jnp.int32),) * len(predicted)
     collected = repeat(blocks, collect, (*nothing, *nowhere))
-    known = Rows(m, classes, per_row(function, given, lambda ref: ref[row], ()))
+    known = Rows(m, classes, per_row(function, given, lambda ref: ref[row], lambda ref: ref[0]))
     results, coefficients = function.finish(known, *map(jnp.sum, collected[: function.sums]))
     for ref, result in zip(out_rows, results, strict=False):
         ref[row] = result

@@ -47,7 +47,7 @@ def _kernel(function: Function, classes: int, rows: int, block: tuple[int, int],
     part = Part(x, m, jnp.exp(x - m), t, position == of_rows(labels[0]) if labels else None)
     collected = function.collect(part, *(jnp.zeros(block, jnp.float32),) * function.sums)
     sums = (jnp.sum(jnp.where(is_class, s, 0.0), axis, keepdims=True) for s in collected)
-    known = Rows(m, classes, per_row(function, given, of_rows, m.shape))
+    known = Rows(m, classes, per_row(function, given, of_rows, lambda ref: jnp.full(m.shape, ref[0])))
     results, coefficients = function.finish(known, *sums)
     for ref, result in zip(out_rows, results, strict=False):
         store(ref, result)

@@ -117,12 +117,12 @@ def grouped(function: Function, refs: tuple[Any, ...]) -> tuple[list[Any], ...]:
     )
 
 
-def per_row(function: Function, given: list[Any], of_rows: Callable[[Any], Any], shape: Any) -> tuple[Any, ...]:
-    """What is given of each row, or of all, for rows of this shape."""
+def per_row(
+    function: Function, given: list[Any], of_row: Callable[[Any], Any], of_all: Callable[[Any], Any]
+) -> tuple[Any, ...]:
+    """What is given of rows, loaded by one function, and the numbers for all rows by another."""
     kinds = (kind for kind in function.arguments if kind in "yrf")
-    return tuple(
-        jnp.full(shape, ref[0]) if kind == "f" else of_rows(ref) for kind, ref in zip(kinds, given, strict=True)
-    )
+    return tuple((of_all if kind == "f" else of_row)(ref) for kind, ref in zip(kinds, given, strict=True))
 
 
 def over_logits(function: Function, in_place: bool) -> dict[int, int]:

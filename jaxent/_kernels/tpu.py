@@ -125,7 +125,7 @@ def _function(name: str) -> Callable[..., Any]:
 
         def as_seen(x: jax.Array, kind: str) -> jax.Array:
             if kind == "f":
-                return x.reshape(1)
+                return jnp.broadcast_to(x, (SUBLANES, LANES))  # a tile, which is made in fast memory
             narrowed = kind == "y" and x.dtype != jnp.int32
             x = jnp.clip(x, -1, classes).astype(jnp.int32) if narrowed else x
             return form.laid_out(x, of_rows=kind not in "xt")

@@ -16,7 +16,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jax.typing import DTypeLike
 
 from .rows import Function, Part, Rows, grouped, per_row, repeat, struct
-from .tpu_parts import BLOCK, LANES, SLACK, SUBLANES, Blocks, Parts, parts, wide
+from .tpu_parts import BLOCK, LANES, SLACK, SUBLANES, Blocks, Parts, of_tile, parts, wide
 
 PART = 4  # registers of logits that are worked on at once
 ACROSS = 4  # registers across, at most, of as many logits as GROUP, or one
@@ -117,7 +117,7 @@ def _kernel(function: Function, plan: Plan, *refs: Any) -> None:
             return (jnp.minimum(so_far[0], jnp.where(load(logits, first, width) == m, at, jnp.inf)),)
 
         sums = plan.parts.fold(collect, shape, function.sums, 0.0, jnp.sum, jnp.add)
-        known = Rows(m, plan.parts.classes, per_row(function, given, row, m.shape))
+        known = Rows(m, plan.parts.classes, per_row(function, given, row, of_tile(m.shape)))
         results, coefficients = function.finish(known, *sums)
         for ref, result in zip(out_rows, results, strict=False):
             ref[(slice(0, 1), *rows)] = result

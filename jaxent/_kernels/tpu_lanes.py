@@ -18,7 +18,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jax.typing import DTypeLike
 
 from .rows import Function, Part, Rows, grouped, per_row, repeat, struct
-from .tpu_parts import BLOCK, LANES, SLACK, SUBLANES, Blocks, Parts, parts, wide
+from .tpu_parts import BLOCK, LANES, SLACK, SUBLANES, Blocks, Parts, of_tile, parts, wide
 
 PART = 2 * LANES
 GROUP = 64  # registers of logits of a group of rows, unless two tiles of rows have more
@@ -136,7 +136,7 @@ def _transposed(ref: Any) -> jax.Array:
 
 def _kernel(function: Function, plan: Plan, *refs: Any) -> None:
     (logits, *other), labels, given, out_rows, out, predicted = grouped(function, refs)
-    of_rows = per_row(function, given, _transposed, (plan.group, plan.groups))
+    of_rows = per_row(function, given, _transposed, of_tile((plan.group, plan.groups)))
     block = _Block(
         plan, logits, other[0] if other else None, of_rows[0] if labels else None, refs[-1] if plan.keeps else None
     )

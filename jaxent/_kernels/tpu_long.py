@@ -16,7 +16,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jax.typing import DTypeLike
 
 from .rows import Function, Growth, Part, Rows, grouped, per_row, struct
-from .tpu_parts import BLOCK, LANES, SLACK, SUBLANES, Blocks, Parts, parts, wide
+from .tpu_parts import BLOCK, LANES, SLACK, SUBLANES, Blocks, Parts, of_tile, parts, wide
 
 PART = 4  # registers of logits that are worked on at once
 LEAST_BLOCK = 2**20  # bytes in and out, beside rows that are kept
@@ -131,7 +131,7 @@ def _kernel(function: Function, plan: Plan, *refs: Any) -> None:
     def finish() -> None:
         # Nothing is known of a row whose largest logit is infinite.
         totals = [sums[k] + (m[0] - m[0]) for k in range(function.sums)]
-        of_rows = per_row(function, given, lambda ref: ref[...], m[0].shape)
+        of_rows = per_row(function, given, lambda ref: ref[...], of_tile(m[0].shape))
         results, needed = function.finish(Rows(m[0], classes, of_rows), *totals)
         for ref, result in zip(out_rows, results, strict=False):
             ref[...] = result

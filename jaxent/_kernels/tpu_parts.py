@@ -125,7 +125,7 @@ class Blocks(NamedTuple):
         """The kernel's results, of arrays that lie as it wants them."""
         written = [self.entries] * ("o" in function.results)
         entries = math.prod(self.entries.shape)
-        specs = {"x": self.read, "t": self.read, "f": pl.BlockSpec(memory_space=pltpu.SMEM)}
+        specs = {"x": self.read, "t": self.read, "f": pl.BlockSpec(memory_space=pltpu.VMEM)}
         return pl.pallas_call(
             kernel,
             out_shape=[self.entries if kind == "o" else self.numbers for kind in function.results],
@@ -151,6 +151,11 @@ class Blocks(NamedTuple):
 def _size(x: Any) -> int:
     """In bytes."""
     return math.prod(x.shape) * x.dtype.itemsize
+
+
+def of_tile(shape: tuple[int, ...]) -> Callable[[Any], jax.Array]:
+    """What loads the number of a tile for rows of that shape."""
+    return lambda ref: jnp.broadcast_to(ref[:1, :1], shape)
 
 
 def wide(x: jax.Array) -> jax.Array:
