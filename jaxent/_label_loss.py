@@ -131,15 +131,21 @@ def is_easily_underflown(dtype: DTypeLike) -> bool:
 
 def mixed(y: Label, parts: Any, factors: Factors) -> Row:
     """The mixture of the three losses of each row."""
-    losses = add(list(map(times, factors.along(y).given, _of_factors(parts, factors))))
-    return jnp.where(y < 0, 0.0, losses)
+    return jnp.where(y < 0, 0.0, _weighed(y, parts, factors))
 
 
 def _total(y: Label, parts: Any, factors: Factors) -> Float[Array, ""]:
-    """The sum of the mixture; a row without a label has losses of 0."""
+    """The sum of the mixture."""
     if any(x.ndim for x in factors.given):
         return jnp.sum(mixed(y, parts, factors))
-    return add(list(map(sum_times, factors.given, _of_factors(parts, factors))))
+    # Of a row without a label the losses are 0, and one factor for all is nothing that may be anything there.
+    if len(factors.given) > 1:
+        return jnp.sum(_weighed(y, parts, factors))
+    return sum_times(*factors.given, *_of_factors(parts, factors))
+
+
+def _weighed(y: Label, parts: Any, factors: Factors) -> Row:
+    return add(list(map(times, factors.along(y).given, _of_factors(parts, factors))))
 
 
 def _of_factors(parts: Any, factors: Factors) -> tuple[Row, ...]:
