@@ -138,7 +138,7 @@ def _total(y: Label, parts: Any, factors: Factors) -> Float[Array, ""]:
     """The sum of the mixture."""
     if any(x.ndim for x in factors.given):
         return jnp.sum(mixed(y, parts, factors))
-    # Of a row without a label the losses are 0, and one factor for all is nothing that may be anything there.
+    # Of a row without a label the losses are 0, and only a factor of its own could be NaN there.
     if len(factors.given) > 1:
         return jnp.sum(_weighed(y, parts, factors))
     return sum_times(*factors.given, *_of_factors(parts, factors))

@@ -76,8 +76,10 @@ def _row_function(plain: Callable[..., Any]) -> Any:
         def factor(x: Any, d: Any) -> Any:
             if x.ndim > (d is not None):
                 return batch_first(x, d, size)
-            rows = axis.rows(first[0].shape)  # has one number for all of each batch
-            return x if d is None else jnp.broadcast_to(x.reshape(size, *(1,) * (len(rows) - 1)), rows)
+            if d is None:
+                return x
+            rows = axis.rows(first[0].shape)  # one number for all of each batch's
+            return jnp.broadcast_to(x.reshape(size, *(1,) * (len(rows) - 1)), rows)
 
         factors = map(factor, arrays[2:], dims[2:])
         out = primitive.bind(*first, *factors, axis=axis, **options)
