@@ -118,7 +118,7 @@ def _times(x: Any, factor: Any) -> Any:
 
 
 def sum_times(factor: Any, x: Any) -> Any:
-    """The sum of `times` with one factor for all, which may be in range where the sum of `x` is not."""
+    """The sum of `times` with one factor for all, in range even where the sum of `x` is not."""
     return linear(_sum_times, _sum_times, (x,), factor)
 
 
